@@ -1,0 +1,194 @@
+"""`ingot run`, `inspect` and `verify`: what needs a finished artifact and nothing of the compiler.
+
+None of them may import transformers, and inspect and verify no torch either; a test holds them to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from ..artifacts.errors import UsageError, VerificationError
+from ..artifacts.manifest import Manifest
+from ..artifacts.store import check, open_artifact
+from .console import print_table, printable, size_text
+
+_MAX_STDIN_BYTES = 16 << 20
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate from one prompt: as it comes, at once, or as JSON."""
+    prompt = _prompt(args.prompt)
+    from ..runtime import LLM
+
+    with LLM(args.artifact) as llm:
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        params = dataclasses.replace(llm.get_default_sampling_params(), **given)
+        request: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
+        if args.stream and not args.json:
+            for output in llm.stream(request, params):
+                sys.stdout.write(_shown(output.outputs[0].text))
+                sys.stdout.flush()
+            print()
+        else:
+            output = (llm.chat(request, params) if args.chat else llm.generate(prompt, params))[0]
+            print(json.dumps(_as_json(output)) if args.json else _shown(output.outputs[0].text))
+    if args.timings and not args.json:
+        print(_timings(output.metrics), file=sys.stderr)
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Say what an artifact is, without running or digesting anything."""
+    artifact = open_artifact(args.artifact, verify="sizes")
+    facts = describe(artifact.manifest)
+    print(json.dumps(facts, indent=1)) if args.json else print_artifact(facts)
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Check schema, files, digests and target; 0 and a line, or VerificationError's code and all findings."""
+    findings = check(args.artifact)
+    if args.json:
+        facts = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"path": str(args.artifact), "ok": not findings, "findings": facts}))
+    elif findings:
+        print(f"error: {args.artifact} failed verification: {len(findings)} findings", file=sys.stderr)
+        for finding in findings:
+            print(f"  {printable(str(finding))}\n    fix: {printable(finding.fix)}", file=sys.stderr)
+    else:
+        manifest = open_artifact(args.artifact, verify="sizes").manifest
+        total = size_text(sum(entry.size for entry in manifest.files))
+        print(f"{args.artifact}: ok, {len(manifest.files)} files, {total}, fits this machine")
+    return VerificationError.exit_code if findings else 0
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """An artifact's facts as plain JSON data, from its manifest alone."""
+    sizes = {entry.path: entry.size for entry in manifest.files}
+    measured = manifest.gate.get("engines")
+    measured = measured if isinstance(measured, dict) else {}
+    engines = [
+        {
+            "name": engine.name,
+            "kind": engine.kind,
+            "phase": engine.phase,
+            "batch": engine.batch,
+            "length": engine.length,
+            "size_bytes": sizes[engine.file],
+            "exactness": _numbers(measured.get(engine.name)),
+        }
+        for engine in manifest.engines
+    ]
+    return {
+        "name": manifest.name,
+        "digest": manifest.digest(),
+        "schema_version": manifest.schema_version,
+        "ingot_version": manifest.ingot_version,
+        "model": dataclasses.asdict(manifest.model),
+        "target": dataclasses.asdict(manifest.target),
+        "toolchain": manifest.toolchain,
+        "engines": engines,
+        "kv_cache": {
+            "block_size": manifest.kv_cache.block_size,
+            "num_blocks": manifest.kv_cache.num_blocks,
+            "tokens": (manifest.kv_cache.num_blocks - 1) * manifest.kv_cache.block_size,
+            "dtype": manifest.kv_cache.dtype,
+        },
+        "weights_bytes": sum(sizes[path] for path in manifest.weights),
+        "total_bytes": sum(sizes.values()),
+        "passes": _passes(manifest.passes),
+        "gate": manifest.gate,
+        "recipe": manifest.recipe,
+    }
+
+
+def print_artifact(facts: dict[str, Any]) -> None:
+    """The facts of `describe` as tables on stdout."""
+    model, target, cache = facts["model"], facts["target"], facts["kv_cache"]
+    task = facts["gate"].get("task")
+    rows = [
+        ("digest", facts["digest"]),
+        ("model", f"{model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}"),
+        ("length", f"{model['max_length']} tokens, vocabulary {model['vocab_size']}"),
+        ("target", f"{target['device']} {target['system']}-{target['machine']} {' '.join(target['isa'])}"),
+        ("host library", f"{target['host_library']} {target['torch']}"),
+        ("KV cache", f"{cache['tokens']} tokens in blocks of {cache['block_size']}, {cache['dtype']}"),
+        ("weights", size_text(facts["weights_bytes"])),
+        ("total", size_text(facts["total_bytes"])),
+        ("gate", "passed" if facts["gate"].get("passed") is True else "no result recorded"),
+        ("toolchain", ", ".join(f"{tool} {version}" for tool, version in facts["toolchain"].items())),
+        *([("task", _exactness(_numbers(task)))] if task else []),
+    ]
+    print_table(f"{facts['name']} (ingot {facts['ingot_version']})", ("", ""), rows)
+    engines = [
+        (e["name"], e["kind"], e["batch"], e["length"], size_text(e["size_bytes"]), _exactness(e["exactness"]))
+        for e in facts["engines"]
+    ]
+    print_table("engines", ("name", "kind", "batch", "length", "size", "exactness"), engines)
+    passes = [
+        (p["name"], p["changed"], p["missed"], "exact" if p["exact"] else "changes numerics") for p in facts["passes"]
+    ]
+    print_table("passes", ("name", "sites changed", "near misses", "exactness"), passes)
+
+
+def _passes(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per pass over all engines, in order of running; tolerates reports with more or fewer fields."""
+    merged: dict[str, dict[str, Any]] = {}
+    for record in records:
+        name = str(record.get("name", "?"))
+        entry = merged.setdefault(name, {"name": name, "changed": 0, "missed": 0, "exact": record.get("exact", True)})
+        changed, missed = record.get("changed"), record.get("missed")
+        entry["changed"] += changed if type(changed) is int else 0
+        entry["missed"] += len(missed) if isinstance(missed, list) else missed if type(missed) is int else 0
+    return list(merged.values())
+
+
+def _numbers(measured: Any) -> dict[str, int | float]:
+    items = measured.items() if isinstance(measured, dict) else ()
+    return {key: value for key, value in items if isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def _exactness(numbers: dict[str, int | float]) -> str:
+    return ", ".join(f"{key} {value:.3g}" for key, value in numbers.items()) or "not measured"
+
+
+def _prompt(argument: str) -> str:
+    """The prompt itself, or all of stdin for `-`."""
+    if argument != "-":
+        return argument
+    raw = sys.stdin.buffer.read(_MAX_STDIN_BYTES + 1)
+    if len(raw) > _MAX_STDIN_BYTES:
+        raise UsageError("the prompt on stdin is too long", f"more than {_MAX_STDIN_BYTES} bytes", "shorten it")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("the prompt on stdin is not UTF-8", f"byte {error.start} is no text", "convert it") from None
+
+
+def _shown(text: str) -> str:
+    return printable(text) if sys.stdout.isatty() else text
+
+
+def _as_json(output: Any) -> dict[str, Any]:
+    completion = output.outputs[0]
+    return {
+        "prompt": output.prompt,
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "metrics": dataclasses.asdict(output.metrics),
+    }
+
+
+def _timings(metrics: Any) -> str:
+    parts = [f"{metrics.prompt_tokens} prompt tokens", f"{metrics.output_tokens} tokens"]
+    if metrics.ttft_ms is not None:
+        parts.append(f"ttft {metrics.ttft_ms:.1f} ms")
+    if metrics.tpot_ms:
+        parts += [f"tpot {metrics.tpot_ms:.3f} ms", f"{1000 / metrics.tpot_ms:.1f} tokens/s"]
+    return ", ".join(parts)

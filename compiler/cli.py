@@ -1,0 +1,147 @@
+"""The command line: one parser, one table of commands, one place where errors become exit codes.
+
+argparse and not a larger library: `ingot run` competes for process start to first token, and typer with rich costs
+0.1 to 0.3 s of it. Commands are imported when they are called.
+
+Exit codes: 0 ok, 1 a bug of Ingot, 2 usage or recipe, 3 unsupported model, 4 gate or verification failed, 5 resources,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .. import __version__
+from ..artifacts.errors import IngotError, ResourceError, UsageError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would print and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}", "", f"see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors are printed to stderr as what, why and fix."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    debug = "--debug" in argv[: argv.index("--")] if "--" in argv else "--debug" in argv
+    try:
+        args = _parser().parse_args(argv)
+        code = _call(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has gone, as in `ingot inspect … | head`: nobody is left to tell
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except IngotError as error:
+        return _report(error, error, debug)
+    except MemoryError as error:
+        fix = "close other programs, or choose a smaller model or batch"
+        return _report(ResourceError("out of memory", str(error), fix), error, debug)
+    except OSError as error:
+        return _report(ResourceError(f"the system refused: {error.strerror or error}", str(error)), error, debug)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a bug is told without a traceback
+        what = f"internal error: {type(error).__name__}: {str(error)[:500]}"
+        _report(IngotError(what, "this is a bug in Ingot", "run again with --debug and report it"), error, debug)
+        return 1
+
+
+def _report(shown: IngotError, error: BaseException, debug: bool) -> int:
+    from .console import printable
+
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"error: {printable(str(shown))}", file=sys.stderr)
+    return shown.exit_code
+
+
+def _call(args: argparse.Namespace) -> int:
+    if args.command in ("run", "inspect", "verify"):
+        from . import artifact_commands
+
+        return {
+            "run": artifact_commands.run,
+            "inspect": artifact_commands.inspect,
+            "verify": artifact_commands.verify,
+        }[args.command](args)
+    from . import build_commands
+
+    return {
+        "build": build_commands.build,
+        "passes": build_commands.passes,
+        "bisect": build_commands.bisect,
+        "families": build_commands.families,
+    }[args.command](args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ingot", description="Compile language models ahead of time; run them lean.")
+    parser.add_argument("--version", action="version", version=f"ingot {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name != "run":
+            added.add_argument("--json", action="store_true", help="print one JSON value and nothing else on stdout")
+        return added
+
+    def takes_recipe(added: argparse.ArgumentParser, nargs: str | None = None) -> None:
+        added.add_argument("recipe", type=Path, nargs=nargs, metavar="RECIPE", help="a recipe (*.toml)")
+        added.add_argument(
+            "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a recipe key"
+        )
+
+    build = command("build", "compile a recipe into an artifact")
+    takes_recipe(build)
+    build.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: artifacts/built/NAME")
+    build.add_argument("--model", metavar="DIR_OR_HUB_ID", help="a model folder, or organisation/name@COMMIT")
+    build.add_argument("--dry-run", action="store_true", help="print recipe and plan; read no weights")
+    build.add_argument("--force", action="store_true", help="replace an existing artifact")
+    build.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph after each pass that changed it")
+    _run_options(command("run", "generate text from an artifact"))
+    for name, summary in (("inspect", "say what an artifact is"), ("verify", "check an artifact against its manifest")):
+        command(name, summary).add_argument("artifact", type=Path, metavar="ARTIFACT")
+    takes_recipe(command("passes", "show the pass pipeline in order"), nargs="?")
+    bisect = command("bisect", "find the pass that breaks the numbers")
+    takes_recipe(bisect)
+    bisect.add_argument("--model", metavar="DIR_OR_HUB_ID", help="as in build")
+    families = command("families", "compare model families with transformers, token by token")
+    families.add_argument("names", nargs="*", metavar="FAMILY", help="default: all")
+    return parser
+
+
+def _run_options(run: argparse.ArgumentParser) -> None:
+    run.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    run.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads it from stdin")
+    run.add_argument("--max-tokens", type=int, default=128, metavar="N", help="at most so many tokens (default 128)")
+    run.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: the model's own")
+    run.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to this probability")
+    run.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
+    run.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one's")
+    run.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    run.add_argument("--stop", action="append", metavar="STR", help="end before this text (repeatable)")
+    run.add_argument("--chat", action="store_true", help="send the prompt through the model's chat template")
+    run.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="print as tokens come")
+    run.add_argument("--json", action="store_true", help="print one JSON object: text, tokens, finish reason, times")
+    run.add_argument("--timings", action="store_true", help="print ttft, tpot and tokens/s to stderr")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

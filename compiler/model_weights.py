@@ -1,0 +1,119 @@
+"""Which stored tensor is which parameter of the model.
+
+Usually the names are the same, a tied head aside, and tensors are streamed from the files. Where transformers stores a
+model in another form than it runs it (experts one by one, renamed prefixes), transformers itself loads it: its own
+conversion is the only right one, at the price of one copy of the weights in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..artifacts.errors import UnsupportedModelError
+from .checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint, check_against
+from .load_model import DTYPES
+
+
+def expected_tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes of all parameters by name, and for each further name of a shared parameter the first one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    alias: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(param), name)
+        if known != name:
+            alias[name] = known
+        shapes[name] = tuple(param.shape)
+    return shapes, alias
+
+
+class ModelWeights:
+    """The model's parameters by the names the trace uses."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+        self._checkpoint = checkpoint
+        self._names = dict(names)
+
+    def load(self, name: str) -> torch.Tensor:
+        """A parameter in its stored dtype, not to be written to."""
+        return self._checkpoint.load(self._names.get(name, name))
+
+    def digest(self) -> str:
+        """Digest of the checkpoint."""
+        return self._checkpoint.digest()
+
+
+class _Loaded:
+    """Parameters that transformers loaded and converted."""
+
+    def __init__(self, folder: Path, dtype: str, digest: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], output_loading_info=True, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+        bad = {k: sorted(map(str, v))[:5] for k, v in info.items() if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        if bad:
+            raise UnsupportedModelError(f"the weights in {folder} do not fit the config", str(bad), "check that both belong to the same model")
+        self._state = model.state_dict()
+        self._digest = digest
+        self.tensors: dict[str, Any] = {}
+
+    def load(self, name: str) -> torch.Tensor:
+        return self._state[name]
+
+    def digest(self) -> str:
+        return self._digest
+
+
+def open_weights(model: nn.Module, folder: Path | None, dtype: str, seed: int) -> ModelWeights:
+    """The weights of `model`: from the folder, or random ones when there is none.
+
+    Raises:
+        UsageError: names or shapes do not fit, files are broken.
+        UnsupportedModelError: there are no safetensors.
+    """
+    shapes, alias = expected_tensors(model)
+    if folder is None:
+        unique = {name: shape for name, shape in shapes.items() if name not in alias}
+        return ModelWeights(RandomCheckpoint(unique, DTYPES[dtype], seed), alias)
+    checkpoint = SafetensorsCheckpoint(folder)
+    names = _names(checkpoint.tensors, shapes, alias)
+    if names is None and _has_conversion(model):
+        return ModelWeights(_Loaded(folder, dtype, checkpoint.digest()), {})
+    if names is None:
+        buffers = {name for name, _ in model.named_buffers()}
+        check_against(checkpoint, shapes, optional=alias, ignore=buffers)
+        names = {}
+    renamed = {name: names.get(name, name) for name in shapes}
+    wanted = {stored: shapes[name] for name, stored in renamed.items()}
+    check_against(checkpoint, wanted, ignore=set(checkpoint.tensors) - set(wanted))
+    return ModelWeights(checkpoint, renamed)
+
+
+def _names(stored: Mapping[str, Any], shapes: Mapping[str, Any], alias: Mapping[str, str]) -> dict[str, str] | None:
+    """Stored name of every parameter, trying the plain name, its tied twin, and a missing base prefix; None if some have none."""
+    twins = {**alias, **{first: name for name, first in alias.items()}}
+    found = {}
+    for name in shapes:
+        candidates = [name, twins.get(name, name)]
+        candidates += [c.split(".", 1)[1] for c in candidates if "." in c]
+        hit = next((c for c in candidates if c in stored), None)
+        if hit is None:
+            return None
+        found[name] = hit
+    return found
+
+
+def _has_conversion(model: nn.Module) -> bool:
+    """Whether transformers converts this kind of model when loading."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:
+        return False
+    return bool(get_checkpoint_conversion_mapping(model.config.model_type))

@@ -1,0 +1,74 @@
+"""Eager Hugging Face as the numeric gate's reference, without holding the model: weights are streamed in per module.
+
+Each module gets its parameters right before its forward and loses them right after, so the peak is one module's
+weights. Small models keep theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from .load_model import DTYPES, make_model
+
+_KEEP_BYTES = 1 << 30
+
+
+class ReferenceModel:
+    """transformers' own eager model for one config and dtype.
+
+    Args:
+        config: config.json's content; dtype: "float32", "bfloat16" or "float16".
+        load: gives a parameter by its name in the module.
+    """
+
+    def __init__(self, config: dict[str, object], dtype: str, load: Callable[[str], torch.Tensor]) -> None:
+        self.model = make_model(config, dtype, attn="eager")
+        self.load = load
+        self.dtype = DTYPES[dtype]
+        total = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.keep = total <= _KEEP_BYTES
+        for path, module in self.model.named_modules():
+            names = [n for n, p in module._parameters.items() if p is not None]
+            if names:
+                prefix = f"{path}." if path else ""
+                module.register_forward_pre_hook(self._fill(prefix, names))
+                if not self.keep:
+                    module.register_forward_hook(self._empty(names))
+
+    def _fill(self, prefix: str, names: list[str]) -> Callable[..., None]:
+        def hook(module: nn.Module, _: object) -> None:
+            for name in names:
+                held = module._parameters[name]
+                if held is not None and held.device.type == "meta":
+                    value = self.load(prefix + name)
+                    cast = value.to(held.dtype) if held.dtype.is_floating_point else value
+                    module._parameters[name] = nn.Parameter(cast, requires_grad=False)
+
+        return hook
+
+    def _empty(self, names: list[str]) -> Callable[..., None]:
+        def hook(module: nn.Module, _args: object, _out: object) -> None:
+            for name in names:
+                held = module._parameters[name]
+                if held is not None:
+                    module._parameters[name] = nn.Parameter(held.to("meta"), requires_grad=False)
+
+        return hook
+
+    @torch.no_grad()
+    def logits(self, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
+        """float32 logits of each sequence from position `firsts[i]` on, [length - first, vocabulary] each.
+
+        All sequences run as one batch padded on the right; padding comes after what is read, so causality hides it.
+        """
+        longest = max(map(len, sequences))
+        tokens = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences])
+        positions = torch.arange(longest).expand(len(sequences), -1)
+        first = min(firsts)
+        # logits_to_keep spares the logits before the first one wanted: they are most of the memory.
+        out = self.model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=longest - first).logits
+        return [out[i, f - first : len(s) - first].float().numpy().copy() for i, (s, f) in enumerate(zip(sequences, firsts))]

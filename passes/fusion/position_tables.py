@@ -1,0 +1,111 @@
+"""Turns what depends on positions alone into a table with one row per position."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..base import Context, Outcome
+from ..cleanup.fold_constants import evaluator
+from ..graph import TracedGraph, add_weight, aten, emit, shape_of
+from ..stages import Stage
+from ..weights import Constant
+
+_LARGEST_BYTES = 256 << 20
+
+
+class PositionTables:
+    """Cosines and sines of RoPE (and whatever else follows from positions and constants) are looked up, not computed."""
+
+    name = "position-tables"
+    needs = Stage.CLEAN
+    leaves = Stage.CLEAN
+    exact = True
+
+    def run(self, traced: TracedGraph, ctx: Context) -> Outcome:
+        """Replace each outermost position-only node by `table[positions]`.
+
+        The table is made by running the model's own subgraph on every position up to max_length, in pieces of the
+        traced shape, so it holds the very bits the model would compute.
+        """
+        outcome = Outcome()
+        positions = next(n for n in traced.graph.nodes if n.op == "placeholder" and n.target == "positions")
+        dependent: set[fx.Node] = {positions}
+        for node in traced.graph.nodes:
+            if node.op == "get_attr" and isinstance(traced.weights.entries[node.target], Constant):
+                dependent.add(node)
+            elif (
+                node.op == "call_function"
+                and node.all_input_nodes
+                and all(n in dependent for n in node.all_input_nodes)
+            ):
+                dependent.add(node)
+        for node in [n for n in traced.graph.nodes if n in dependent and n.op == "call_function"]:
+            if all(user in dependent for user in node.users):
+                continue
+            if reason := _unfit(node, positions, ctx):
+                if reason != "lookup":
+                    outcome.miss(node.name, reason)
+                continue
+            table = _table(traced, node, positions, ctx)
+            if table is None:
+                outcome.miss(node.name, "its value depends on more than each token's own position")
+                continue
+            constant = Constant(table)
+            with traced.graph.inserting_before(node):
+                weight = add_weight(traced, f"positions_{constant.digest()[:16]}", constant, table.shape, table.dtype)
+                new = emit(traced.graph, aten.embedding.default, weight, positions, source=node.meta.get("source", ""))
+                if shape_of(node) != shape_of(new):
+                    new = emit(traced.graph, aten.reshape.default, new, list(shape_of(node)))
+            node.replace_all_uses_with(new)
+            outcome.changed += 1
+        return outcome
+
+
+def _unfit(node: fx.Node, positions: fx.Node, ctx: Context) -> str:
+    value = node.meta["val"]
+    chain = _inputs(node)
+    if positions not in chain:
+        return "it does not depend on positions"
+    if node.target is aten.embedding.default:
+        return "lookup"
+    if not isinstance(value, torch.Tensor) or value.numel() % (ctx.batch * ctx.length):
+        return "its shape does not hold one row per token"
+    width = value.numel() // (ctx.batch * ctx.length)
+    if width * ctx.max_length * value.element_size() > _LARGEST_BYTES:
+        return "its table would be too large"
+    # One row per token in order: leading dimensions multiply to batch * length, ones in between allowed.
+    leading = 1
+    for size in value.shape:
+        leading *= size
+        if leading == ctx.batch * ctx.length:
+            return ""
+    return "tokens are not its leading dimensions"
+
+
+def _inputs(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        top = stack.pop()
+        if top not in found:
+            found.add(top)
+            stack += top.all_input_nodes
+    return found
+
+
+def _table(traced: TracedGraph, node: fx.Node, positions: fx.Node, ctx: Context) -> torch.Tensor | None:
+    """[max_length, width], or None when a token's row depends on its neighbours."""
+    step = ctx.batch * ctx.length
+    evaluate = evaluator(traced)
+    rows = []
+    for start in range(0, ctx.max_length, step):
+        piece = torch.arange(start, start + step).clamp(max=ctx.max_length - 1).reshape(ctx.batch, ctx.length)
+        rows.append(evaluate(node, {positions: piece}).reshape(step, -1))
+    table = torch.cat(rows)[: ctx.max_length].contiguous()
+    shuffled = torch.arange(ctx.max_length).flip(0)[:step]
+    if len(shuffled) == step:
+        again = evaluate(node, {positions: shuffled.reshape(ctx.batch, ctx.length)}).reshape(step, -1)
+        if not torch.equal(again, table[shuffled]):
+            return None
+    return table

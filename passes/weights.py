@@ -1,0 +1,107 @@
+"""What each weight of a graph is made of, so that passes can merge and quantize without touching data.
+
+A pass names a new weight and says how it follows from stored ones; the build evaluates one weight at a time, so
+that no more than one merged tensor is ever in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Load = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the checkpoint, by its name there."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def evaluate(self, load: Load) -> Tensor:
+        """The tensor in the graph's dtype."""
+        return load(self.name).to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A value known at build: a buffer of the model, or the result of folding."""
+
+    value: Tensor
+
+    def evaluate(self, load: Load) -> Tensor:
+        """The value itself."""
+        return self.value
+
+    def digest(self) -> str:
+        """Hex digest of dtype, shape and bytes: equal constants of several engines share one name."""
+        head = f"{self.value.dtype}{tuple(self.value.shape)}".encode()
+        return hashlib.sha256(
+            head + self.value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Several weights one after another along dimension 0."""
+
+    parts: tuple[Expression, ...]
+
+    def evaluate(self, load: Load) -> Tensor:
+        """The concatenation; parts are loaded one by one."""
+        return torch.cat([part.evaluate(load) for part in self.parts])
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix turned round and made contiguous."""
+
+    part: Expression
+
+    def evaluate(self, load: Load) -> Tensor:
+        """[n, k] of a stored [k, n]."""
+        return self.part.evaluate(load).t().contiguous()
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One output of a quantization scheme: `parts(tensor)[output]`."""
+
+    part: Expression
+    scheme: Callable[[Tensor], dict[str, Tensor]]
+    output: str
+
+    def evaluate(self, load: Load) -> Tensor:
+        """The quantized values or their scales."""
+        return self.scheme(self.part.evaluate(load))[self.output]
+
+
+Expression = Stored | Constant | Concat | Transposed | Quantized
+
+
+@dataclass
+class Weights:
+    """The weights of one graph by attribute name."""
+
+    entries: dict[str, Expression] = field(default_factory=dict)
+
+    @staticmethod
+    def attribute(name: str) -> str:
+        """A flat attribute name for a dotted one (graph modules hold weights flat)."""
+        return name.replace(".", "__")
+
+    def evaluate(self, attribute: str, load: Load) -> Tensor:
+        """The value of one weight, contiguous, on the CPU."""
+        return self.entries[attribute].evaluate(load).detach().contiguous()

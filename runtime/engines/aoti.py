@@ -1,0 +1,236 @@
+"""Runs AOTInductor engines on the CPU through their C interface, without importing torch.
+
+An engine is a shared object whose tensor functions are resolved by name when it is loaded: from the artifact's own
+kernels library (host_library "none"), or from libtorch_cpu.so where a build needed ATen's kernels. All engines of a
+group bind the same mapped weights and write the same KV cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ...artifacts.errors import ResourceError, VerificationError
+from ...artifacts.manifest import Buffer, EngineEntry
+from ...artifacts.store import OpenArtifact
+from ..weights import MappedTensor, map_weights
+
+_Handle = ctypes.c_void_p
+# Numbers of c10::ScalarType, a stable part of the C interface.
+_SCALAR_TYPES = {
+    "uint8": 0, "int8": 1, "int32": 3, "int64": 4, "float16": 5, "float32": 6, "float64": 7, "bool": 11, "bfloat16": 15,
+    "float8_e4m3fn": 24,
+}  # fmt: skip
+_STORED_AS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
+_ALIGNMENT = 64
+
+
+class _ConstantEntry(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("handle", _Handle))
+
+
+class _Host:
+    """The library that owns tensors, and the helper that runs an engine in one call."""
+
+    def __init__(self, artifact: OpenArtifact) -> None:
+        if artifact.manifest.target.host_library == "libtorch":
+            _open(_libtorch(), "libtorch")
+        libraries = dict.fromkeys(lib for e in artifact.manifest.engines for lib in e.libraries)
+        for library in libraries:
+            self.kernels = _open(artifact.path(library), library)
+        self.blob = self.kernels.aoti_torch_create_tensor_from_blob
+        self.run = self.kernels.ingot_run
+        self.run.argtypes = [_Handle, _Handle, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+        self.last_error = self.kernels.ingot_last_error
+        self.last_error.restype = ctypes.c_char_p
+
+    def tensor(self, address: int, shape: tuple[int, ...], dtype: str) -> int:
+        """A handle on memory that the caller keeps alive."""
+        strides, step = [], 1
+        for size in reversed(shape):
+            strides.insert(0, step)
+            step *= max(size, 1)
+        array = ctypes.c_int64 * max(len(shape), 1)
+        handle = _Handle()
+        status = self.blob(
+            ctypes.c_void_p(address), ctypes.c_int64(len(shape)), array(*shape), array(*strides), ctypes.c_int64(0),
+            ctypes.c_int32(_SCALAR_TYPES[dtype]), ctypes.c_int32(0), ctypes.c_int32(0), ctypes.byref(handle),
+        )  # fmt: skip
+        if status or not handle.value:
+            raise ResourceError("a tensor could not be made", f"{dtype}{list(shape)}", "")
+        return handle.value
+
+
+def _open(path: Path, name: str, mode: int = ctypes.RTLD_GLOBAL) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path), mode)
+    except OSError as error:
+        raise VerificationError(f"{name} cannot be loaded", str(error), "build the artifact on this machine, or run it where it was built for") from error
+
+
+def _libtorch() -> Path:
+    """libtorch_cpu.so of the installed torch, found without importing torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise VerificationError("this artifact needs torch's libraries", "torch is not installed", "pip install torch, or rebuild without ops that need ATen")
+    return Path(spec.origin).parent / "lib" / "libtorch_cpu.so"
+
+
+def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Zeroed memory for a buffer, aligned for vector loads; bfloat16 is held as its bits."""
+    kind = np.dtype(_STORED_AS.get(dtype, dtype))
+    count = int(np.prod(shape, dtype=np.int64))
+    raw = np.zeros(count * kind.itemsize + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + count * kind.itemsize].view(kind).reshape(shape)
+
+
+class AOTIEngine:
+    """One engine: fixed buffers in, sampled tokens and logits out."""
+
+    def __init__(
+        self,
+        host: _Host,
+        artifact: OpenArtifact,
+        entry: EngineEntry,
+        caches: Mapping[str, tuple[np.ndarray, int]],
+        weights: Mapping[str, int],
+    ) -> None:
+        self.entry = entry
+        self._host = host
+        # Every engine exports the same names; loaded globally, the first would answer for all of them.
+        self._library = _open(artifact.path(entry.file), entry.file, ctypes.RTLD_LOCAL)
+        self._container = _Handle()
+        self._check(
+            self._library.AOTInductorModelContainerCreateWithDevice(
+                ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None
+            ),
+            "created",
+        )
+        self._bind(weights)
+        self._buffers = {b.name: _aligned(b.shape, b.dtype) for b in entry.inputs if b.name not in caches}
+        self._outputs = {b.name: _aligned(b.shape, b.dtype) for b in entry.outputs}
+        self._inputs = {**self._buffers, **{name: caches[name][0] for name in (b.name for b in entry.inputs) if name in caches}}
+        handles = [caches[b.name][1] if b.name in caches else self._handle(self._buffers[b.name], b) for b in entry.inputs]
+        self._input_handles = (_Handle * len(handles))(*handles)
+        made = [self._handle(self._outputs[b.name], b) for b in entry.outputs]
+        self._output_handles = (_Handle * len(made))(*made)
+        run = ctypes.cast(self._library.AOTInductorModelContainerRunSingleThreaded, _Handle)
+        # Everything a step needs, prepared once: a step is one call with these arguments.
+        self._arguments = (self._container, run, len(handles), self._input_handles, len(made), self._output_handles)
+
+    @property
+    def inputs(self) -> Mapping[str, np.ndarray]:
+        """See `Engine.inputs`."""
+        return self._buffers
+
+    def run(self) -> None:
+        """See `Engine.run`.
+
+        Raises:
+            ResourceError: the engine reported a failure (memory).
+        """
+        if self._host.run(*self._arguments):
+            reason = (self._host.last_error() or b"").decode(errors="replace")
+            raise ResourceError(f"engine {self.entry.name} failed", reason, "check the free memory")
+
+    def advance(self) -> None:
+        """See `Engine.advance`."""
+        self._buffers["tokens"][:, 0] = self._outputs["next_tokens"]
+        positions = self._buffers["positions"]
+        np.add(positions, 1, out=positions, where=positions >= 0)
+        self.run()
+
+    def next_tokens(self) -> np.ndarray:
+        """See `Engine.next_tokens`."""
+        return self._outputs["next_tokens"]
+
+    def logits(self) -> np.ndarray:
+        """See `Engine.logits`."""
+        return self._outputs["logits"]
+
+    def close(self) -> None:
+        """Free the engine; the group frees what it shares."""
+        if self._container:
+            self._library.AOTInductorModelContainerDelete(self._container)
+            self._container = _Handle()
+
+    def _handle(self, array: np.ndarray, buffer: Buffer) -> int:
+        return self._host.tensor(array.ctypes.data, buffer.shape, buffer.dtype)
+
+    def _check(self, status: int, done: str) -> None:
+        if status:
+            raise VerificationError(f"engine {self.entry.name} could not be {done}", "the engine refused", "build the artifact again")
+
+    def _bind(self, weights: Mapping[str, int]) -> None:
+        """Bind weights by name. A name left out would be a null pointer at the first run, so the sets are compared first."""
+        library = self._library
+        count = ctypes.c_size_t()
+        self._check(library.AOTInductorModelContainerGetNumConstants(self._container, ctypes.byref(count)), "asked for its weights")
+        wanted = set()
+        for index in range(count.value):
+            name = ctypes.c_char_p()
+            self._check(
+                library.AOTInductorModelContainerGetConstantName(self._container, ctypes.c_size_t(index), ctypes.byref(name)),
+                "asked for its weights",
+            )
+            wanted.add((name.value or b"").decode())
+        named = {c.symbol: c.weight for c in self.entry.constants}
+        if wanted != set(named):
+            odd = ", ".join(sorted(wanted ^ set(named))[:5])
+            raise VerificationError(f"engine {self.entry.name} and the manifest disagree about its weights", f"they differ in {odd}", "build the artifact again")
+        missing = sorted(w for w in named.values() if w not in weights)
+        if missing:
+            raise VerificationError(f"weights of engine {self.entry.name} are missing", ", ".join(missing[:5]), "build the artifact again")
+        pairs = [_ConstantEntry(symbol.encode(), weights[weight]) for symbol, weight in named.items()]
+        self._check(
+            library.AOTInductorModelContainerUpdateUserManagedConstantBufferPairs(
+                self._container, (_ConstantEntry * len(pairs))(*pairs), ctypes.c_size_t(len(pairs)), ctypes.c_bool(False), ctypes.c_bool(True)
+            ),
+            "given its weights",
+        )
+
+
+class AOTIGroup:
+    """All engines of an artifact, their weights and their cache."""
+
+    def __init__(self, artifact: OpenArtifact) -> None:
+        manifest = artifact.manifest
+        host = _Host(artifact)
+        self._tensors = map_weights(artifact.path(p) for p in manifest.weights)
+        weights = {name: self._weight(host, tensor) for name, tensor in self._tensors.items()}
+        shapes = {b.name: b for e in manifest.engines for b in e.inputs if "_cache_" in b.name}
+        self.caches: dict[str, np.ndarray] = {name: _aligned(b.shape, b.dtype) for name, b in shapes.items()}
+        shared = {n: (a, host.tensor(a.ctypes.data, shapes[n].shape, shapes[n].dtype)) for n, a in self.caches.items()}
+        self._engines = {e.name: AOTIEngine(host, artifact, e, shared, weights) for e in manifest.engines}
+
+    @staticmethod
+    def _weight(host: _Host, tensor: MappedTensor) -> int:
+        return host.tensor(tensor.data.ctypes.data, tensor.shape, tensor.dtype)
+
+    @property
+    def engines(self) -> Mapping[str, AOTIEngine]:
+        """Engines by name."""
+        return self._engines
+
+    def close(self) -> None:
+        """See `EngineGroup.close`."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines = {}
+
+
+def load(artifact: OpenArtifact) -> AOTIGroup:
+    """Load all engines of a verified artifact.
+
+    The number of threads is OpenMP's: OMP_NUM_THREADS, else one per core.
+
+    Raises:
+        VerificationError: an engine cannot be loaded, or wants other weights than the artifact holds.
+        ResourceError: out of memory.
+    """
+    return AOTIGroup(artifact)

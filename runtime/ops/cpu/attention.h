@@ -1,0 +1,213 @@
+// The inner part of paged_attention: the query rows of one KV head against a range of keys, softmax in float32 (flash
+// style, arXiv 2205.14135). Keys are taken in tiles of 64 at fixed positions, and every row adds its keys in order, so
+// what else is in the tile does not change a row's result.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <utility>
+
+#include "parallel.h"
+#include "tensor.h"
+#include "vmath.h"
+
+namespace ingot {
+
+constexpr int64_t kKeys = 64;       // keys per tile
+constexpr int64_t kMaxRows = 128;   // query rows (positions x heads of the group) of one task
+constexpr int64_t kDirectRows = 4;  // up to here keys and values are converted in registers, not into a tile
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Call {
+  View q, k, v, tables, positions;
+  const float* sinks;  // [heads] or null
+  float scale, softcap;
+  int64_t window;
+  int64_t batch, heads, groups, length, dim, v_dim, v_pad, kv_heads, block_size, capacity;
+  void* out;
+
+  int64_t position(int64_t b, int64_t t) const {
+    return positions.as<int64_t>()[b * positions.strides[0] + t * positions.strides[1]];
+  }
+  int64_t block(int64_t b, int64_t index) const {
+    return tables.as<int32_t>()[b * tables.strides[0] + index * tables.strides[1]];
+  }
+  // The keys [first, second) that a token at position p may see.
+  std::pair<int64_t, int64_t> visible(int64_t p) const {
+    if (p < 0) return {0, 0};
+    return {window > 0 ? std::max<int64_t>(0, p - window + 1) : 0, std::min(p + 1, capacity)};
+  }
+};
+
+// The query rows of one task and their running softmax: out = acc / sum, all relative to `top`.
+struct Rows {
+  int64_t count = 0;
+  float *q, *acc, *scores, *keys, *values;  // [count, dim], [count, v_pad], [count, kKeys], [kKeys, dim], [kKeys, v_pad]
+  int64_t first[kMaxRows], last[kMaxRows];        // visible keys of each row
+  float top[kMaxRows], sum[kMaxRows];
+};
+
+struct AttentionTag {};
+
+template <class T>
+inline void widen(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+// Rows (position t, head of the group g), g fastest: rows that stand together see the same keys.
+inline void load_rows(const Call& c, int64_t b, int64_t kv_head, int64_t t0, int64_t t1, Rows& rows) {
+  rows.count = (t1 - t0) * c.groups;
+  float* memory = scratch<AttentionTag>(rows.count * (c.dim + c.v_pad + kKeys) + kKeys * (c.dim + c.v_pad));
+  rows.q = memory;
+  rows.acc = rows.q + rows.count * c.dim;
+  rows.scores = rows.acc + rows.count * c.v_pad;
+  rows.keys = rows.scores + rows.count * kKeys;
+  rows.values = rows.keys + kKeys * c.dim;
+  std::fill(rows.acc, rows.acc + rows.count * c.v_pad, 0.0f);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const int64_t t = t0 + r / c.groups, head = kv_head * c.groups + r % c.groups;
+    std::tie(rows.first[r], rows.last[r]) = c.visible(c.position(b, t));
+    rows.top[r] = -kInfinity;
+    rows.sum[r] = 0;
+    const int64_t offset = b * c.q.strides[0] + head * c.q.strides[1] + t * c.q.strides[2];
+    float* to = rows.q + r * c.dim;
+    if (c.q.dtype == kFloat32) widen(c.q.as<float>() + offset, c.dim, to);
+    else if (c.q.dtype == kBFloat16) widen(c.q.as<bfloat16>() + offset, c.dim, to);
+    else widen(c.q.as<float16>() + offset, c.dim, to);
+  }
+}
+
+// One row of a tile: scores become weights exp(s - top) in columns [a, b) and the running sum and top move on.
+inline void soften(const Call& c, Rows& rows, int64_t r, int64_t a, int64_t b) {
+  float* scores = rows.scores + r * kKeys;
+  // What lies outside is another row's or nobody's and may hold anything, NaN included.
+  std::fill(scores, scores + a, -kInfinity);
+  std::fill(scores + b, scores + kKeys, -kInfinity);
+  vf peak = splat(-kInfinity);
+  for (int64_t i = 0; i < kKeys; i += W) {
+    vf s = load(scores + i) * c.scale;
+    if (c.softcap > 0) s = s == -kInfinity ? s : c.softcap * vtanh(s / c.softcap);
+    store(scores + i, s);
+    peak = vmax(peak, s);
+  }
+  float top = rows.top[r];
+  for (int l = 0; l < W; ++l) top = std::max(top, peak[l]);
+  const float shrink = rows.top[r] == top ? 1.0f : std::exp(rows.top[r] - top);
+  vf sum = zero();
+  for (int64_t i = 0; i < kKeys; i += W) {
+    const vf s = load(scores + i), weight = s == -kInfinity ? zero() : vexp(s - top);
+    store(scores + i, weight);
+    sum += weight;
+  }
+  float total[4];
+  fold4(sum, sum, sum, sum, total);
+  rows.sum[r] = rows.sum[r] * shrink + total[0];
+  rows.top[r] = top;
+  if (shrink != 1.0f) {
+    for (int64_t i = 0; i < c.v_pad; i += W) store(rows.acc + r * c.v_pad + i, load(rows.acc + r * c.v_pad + i) * shrink);
+  }
+}
+
+// acc[m] += weights[m, a..b) times values[a..b), for MR rows and NV vectors of the value dimension.
+template <int MR, int NV, class T>
+void mix(float* acc, int64_t ld, const float* weights, const T* const* values, int64_t d, int64_t a, int64_t b) {
+  vf sums[MR][NV];
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) sums[m][n] = load(acc + m * ld + d + n * W);
+  for (int64_t key = a; key < b; ++key) {
+    vf value[NV];
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) value[n] = load(values[key] + d + n * W);
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) {
+      const vf weight = splat(weights[m * kKeys + key]);
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) sums[m][n] = fma(weight, value[n], sums[m][n]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) store(acc + m * ld + d + n * W, sums[m][n]);
+}
+
+template <int MR, class T>
+void mix_all(float* acc, int64_t ld, const float* weights, const T* const* values, int64_t a, int64_t b) {
+  if (a >= b) return;
+  int64_t d = 0;
+  for (; d + 2 * W <= ld; d += 2 * W) mix<MR, 2>(acc, ld, weights, values, d, a, b);
+  for (; d < ld; d += W) mix<MR, 1>(acc, ld, weights, values, d, a, b);
+}
+
+// One tile: scores, softmax, weighted values, for keys in columns [low, high).
+template <class T>
+void attend_tile(const Call& c, Rows& rows, const T* const* keys, const T* const* values, int64_t base, int64_t low,
+                 int64_t high) {
+  for (int64_t r0 = 0; r0 < rows.count; r0 += 4) {
+    const int64_t n = std::min<int64_t>(4, rows.count - r0);
+    int64_t a[4], b[4], from = kKeys, to = 0, start = 0, stop = kKeys;
+    for (int64_t i = 0; i < n; ++i) {
+      a[i] = std::max(low, rows.first[r0 + i] - base);
+      b[i] = std::min(high, rows.last[r0 + i] - base);
+      if (a[i] < b[i]) from = std::min(from, a[i]), to = std::max(to, b[i]);
+      start = std::max(start, a[i]);
+      stop = std::min(stop, b[i]);
+    }
+    if (from >= to) continue;  // nothing here is visible to these rows
+    float* scores = rows.scores + r0 * kKeys;
+    std::fill(scores, scores + n * kKeys, 0.0f);
+    const float* q = rows.q + r0 * c.dim;
+    int64_t key = from;
+    for (; key + 3 <= to; key += 3) rows_times<3>(q, c.dim, n, keys + key, c.dim, scores + key, kKeys);
+    for (; key < to; ++key) rows_times<1>(q, c.dim, n, keys + key, c.dim, scores + key, kKeys);
+    for (int64_t i = 0; i < n; ++i) if (a[i] < b[i]) soften(c, rows, r0 + i, a[i], b[i]);
+    float* acc = rows.acc + r0 * c.v_pad;
+    if (n == 4 && start < stop) {
+      // Keys that all four see go together; the ragged ends, row by row, keep every row's keys in order.
+      for (int64_t i = 0; i < 4; ++i) mix_all<1>(acc + i * c.v_pad, c.v_pad, scores + i * kKeys, values, a[i], start);
+      mix_all<4>(acc, c.v_pad, scores, values, start, stop);
+      for (int64_t i = 0; i < 4; ++i) mix_all<1>(acc + i * c.v_pad, c.v_pad, scores + i * kKeys, values, stop, b[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) mix_all<1>(acc + i * c.v_pad, c.v_pad, scores + i * kKeys, values, a[i], b[i]);
+    }
+  }
+}
+
+// All keys in [from, to) for the rows of one batch entry and KV head.
+template <class T>
+void attend(const Call& c, int64_t b, int64_t kv_head, Rows& rows, int64_t from, int64_t to) {
+  const bool direct = rows.count <= kDirectRows && c.v_dim == c.v_pad;
+  const T *keys[kKeys], *values[kKeys];
+  const float *wide_keys[kKeys], *wide_values[kKeys];
+  for (int64_t base = from / kKeys * kKeys; base < to; base += kKeys) {
+    const int64_t low = std::max<int64_t>(0, from - base), high = std::min(kKeys, to - base);
+    for (int64_t i = low; i < high; ++i) {
+      const int64_t index = (base + i) / c.block_size, at = (base + i) % c.block_size, block = c.block(b, index);
+      keys[i] = c.k.as<T>() + block * c.k.strides[0] + at * c.k.strides[1] + kv_head * c.k.strides[2];
+      values[i] = c.v.as<T>() + block * c.v.strides[0] + at * c.v.strides[1] + kv_head * c.v.strides[2];
+      // A head's rows are short and far apart, which hardware prefetchers do not follow.
+      for (int64_t line = 0; line < c.dim * int64_t(sizeof(T)); line += 64) __builtin_prefetch((const char*)keys[i] + line);
+      for (int64_t line = 0; line < c.v_dim * int64_t(sizeof(T)); line += 64)
+        __builtin_prefetch((const char*)values[i] + line, 0, 2);
+    }
+    if (direct) {
+      attend_tile(c, rows, keys, values, base, low, high);
+      continue;
+    }
+    for (int64_t i = low; i < high; ++i) {
+      wide_keys[i] = rows.keys + i * c.dim;
+      wide_values[i] = rows.values + i * c.v_pad;
+      widen(keys[i], c.dim, rows.keys + i * c.dim);
+      widen(values[i], c.v_dim, rows.values + i * c.v_pad);
+      std::fill(rows.values + i * c.v_pad + c.v_dim, rows.values + (i + 1) * c.v_pad, 0.0f);
+    }
+    attend_tile(c, rows, wide_keys, wide_values, base, low, high);
+  }
+}
+
+}  // namespace ingot

@@ -1,0 +1,216 @@
+// linear_dense and linear_int8: x [..., k] times the transpose of a row-major weight [n, k], summed in float32.
+//
+// Few rows (decode) stream each weight row once from memory and convert it in registers. Many rows (prefill) first
+// widen a panel of weight rows to float32, which then serves all input rows from L2. Both run the same tile in the
+// same order, so a row's result is bit-identical whatever batch or chunk it is in (see vec.h).
+#include "parallel.h"
+#include "tensor.h"
+#include "vec.h"
+
+namespace ingot {
+namespace {
+
+constexpr int64_t kFewRows = 4;            // up to here weights are converted in registers
+constexpr int64_t kRowBlock = 128;         // input rows per task with many rows: their partial sums stay in L2
+constexpr int64_t kPanel = 48;             // weight rows per panel: 48 * kBlockK floats are 192 KiB of L2
+constexpr int64_t kStreamBytes = 96 << 10; // weight bytes per task with few rows: long enough for the prefetchers
+constexpr int kColumns = W == 16 ? 4 : 3;  // weight rows per tile with four input rows: what the registers hold
+
+struct PanelTag {};
+struct SumsTag {};
+struct InputTag {};
+
+struct Problem {
+  const float* x;  // [m, k], contiguous
+  int64_t m, n, k;
+  const float* scale;   // [n] or null
+  const float* bias;    // [n] or null
+  void* out;            // [m, n] in out_type
+  int32_t out_type;
+};
+
+// Adds a block of k columns for input rows [0, m) and `count` weight rows that lie `ldw` apart.
+template <int NR, class T>
+inline void panel_times(const float* x, int64_t ldx, int64_t m, const T* w, int64_t ldw, int64_t count, int64_t k,
+                        float* sums, int64_t ld) {
+  int64_t column = 0;
+  for (; column + NR <= count; column += NR) {
+    const T* rows[NR];
+    for (int n = 0; n < NR; ++n) rows[n] = w + (column + n) * ldw;
+    rows_times<NR>(x, ldx, m, rows, k, sums + column, ld);
+  }
+  for (; column < count; ++column) {
+    const T* row = w + column * ldw;
+    rows_times<1>(x, ldx, m, &row, k, sums + column, ld);
+  }
+}
+
+template <class O>
+void finish_as(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const float* sums, int64_t ld) {
+  O* out = static_cast<O*>(p.out);
+  for (int64_t m = m0; m < m1; ++m) {
+    for (int64_t n = n0; n < n1; ++n) {
+      float y = sums[(m - m0) * ld + n - n0];
+      if (p.scale) y *= p.scale[n];
+      if (p.bias) y += p.bias[n];
+      from_float(y, out + m * p.n + n);
+    }
+  }
+}
+
+void finish(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const float* sums, int64_t ld) {
+  if (p.out_type == kFloat32) finish_as<float>(p, m0, m1, n0, n1, sums, ld);
+  else if (p.out_type == kBFloat16) finish_as<bfloat16>(p, m0, m1, n0, n1, sums, ld);
+  else finish_as<float16>(p, m0, m1, n0, n1, sums, ld);
+}
+
+// All of k for a handful of rows and `count` weight rows from n0 on, four weight rows (streams) at a time.
+template <class T>
+void stream_weights(const Problem& p, const T* w, int64_t n0, int64_t n1) {
+  constexpr int64_t group = 4;
+  for (int64_t n = n0; n < n1; n += group) {
+    const int64_t count = std::min(group, n1 - n);
+    float sums[kFewRows * group] = {};
+    for (int64_t k = 0; k < p.k; k += kBlockK) {
+      const int64_t block = std::min(kBlockK, p.k - k);
+      if (p.m < kFewRows) panel_times<4>(p.x + k, p.k, p.m, w + n * p.k + k, p.k, count, block, sums, group);
+      else panel_times<2>(p.x + k, p.k, p.m, w + n * p.k + k, p.k, count, block, sums, group);
+    }
+    finish(p, 0, p.m, n, n + count, sums, group);
+  }
+}
+
+// Input rows [m0, m1) and weight rows [n0, n1), one widened panel per block of k.
+template <class T>
+void widened_panel(const Problem& p, const T* w, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+  const int64_t count = n1 - n0, width = std::min(kBlockK, p.k), ld = (width + W - 1) / W * W;
+  float* sums = scratch<SumsTag>((m1 - m0) * count);
+  std::fill(sums, sums + (m1 - m0) * count, 0.0f);
+  for (int64_t k = 0; k < p.k; k += kBlockK) {
+    const int64_t block = std::min(kBlockK, p.k - k);
+    if constexpr (sizeof(T) == 4) {
+      panel_times<kColumns>(p.x + m0 * p.k + k, p.k, m1 - m0, w + n0 * p.k + k, p.k, count, block, sums, count);
+    } else {
+      float* panel = scratch<PanelTag>(count * ld);
+      for (int64_t n = 0; n < count; ++n) {
+        const T* row = w + (n0 + n) * p.k + k;
+        int64_t i = 0;
+        for (; i + W <= block; i += W) store(panel + n * ld + i, load(row + i));
+        for (; i < block; ++i) panel[n * ld + i] = to_float(row[i]);
+      }
+      panel_times<kColumns>(p.x + m0 * p.k + k, p.k, m1 - m0, panel, ld, count, block, sums, count);
+    }
+  }
+  finish(p, m0, m1, n0, n1, sums, count);
+}
+
+template <class T>
+void multiply(const Problem& p, const T* w) {
+  const int64_t bytes = p.n * p.k * int64_t(sizeof(T));
+  if (p.m <= kFewRows) {
+    const int64_t rows = std::max<int64_t>(4, kStreamBytes / (p.k * int64_t(sizeof(T)) + 1) / 4 * 4);
+    // Small matrices still get a task or two per thread.
+    const int64_t fair = (p.n / (2 * omp_get_max_threads()) + 3) / 4 * 4;
+    const int64_t step = std::max<int64_t>(4, std::min(rows, fair));
+    parallel_for((p.n + step - 1) / step, bytes * p.m,
+                 [&](int64_t task) { stream_weights(p, w, task * step, std::min(p.n, (task + 1) * step)); });
+    return;
+  }
+  // With few row blocks a narrow panel stays in L1 beside the input.
+  const int64_t panel = p.m <= 16 ? 12 : kPanel;
+  const int64_t row_blocks = (p.m + kRowBlock - 1) / kRowBlock, panels = (p.n + panel - 1) / panel;
+  // Row blocks of one panel follow each other, so that its weights are still in cache.
+  parallel_for(panels * row_blocks, p.n * p.k * p.m, [&](int64_t task) {
+    const int64_t n0 = task / row_blocks * panel, m0 = task % row_blocks * kRowBlock;
+    widened_panel(p, w, m0, std::min(p.m, m0 + kRowBlock), n0, std::min(p.n, n0 + panel));
+  });
+}
+
+template <class T>
+void widen_rows(const View& x, int64_t k, int64_t rows, float* out) {
+  const T* data = x.as<T>();
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t rest = row, offset = 0;
+    for (int64_t d = x.dim - 2; d >= 0; --d) {
+      offset += rest % x.sizes[d] * x.strides[d];
+      rest /= x.sizes[d];
+    }
+    const int64_t step = x.strides[x.dim - 1];
+    int64_t i = 0;
+    if (step == 1) for (; i + W <= k; i += W) store(out + row * k + i, load(data + offset + i));
+    for (; i < k; ++i) out[row * k + i] = to_float(data[offset + i * step]);
+  }
+}
+
+// x as contiguous float32 rows: itself where it is that already.
+const float* float_rows(const View& x, int64_t k, int64_t rows, float* buffer) {
+  if (x.dtype == kFloat32) widen_rows<float>(x, k, rows, buffer);
+  else if (x.dtype == kBFloat16) widen_rows<bfloat16>(x, k, rows, buffer);
+  else widen_rows<float16>(x, k, rows, buffer);
+  return buffer;
+}
+
+bool floating(int32_t dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
+
+void linear(AtenTensorHandle x_handle, AtenTensorHandle w_handle, AtenTensorHandle* scale_handle,
+            AtenTensorHandle* bias_handle, AtenTensorHandle* ret) {
+  const View x(x_handle), w(w_handle);
+  require(x.dim >= 1 && w.dim == 2, "x must be [..., k] and the weight [n, k]");
+  require(floating(x.dtype), "x must be float32, bfloat16 or float16");
+  require(w.contiguous(), "the weight must be contiguous");
+  Problem p{};
+  p.k = w.sizes[1];
+  p.n = w.sizes[0];
+  require(x.sizes[x.dim - 1] == p.k, "x's last dimension is not the weight's");
+  p.m = 1;
+  int64_t sizes[16];
+  require(x.dim <= 16, "x has more than 16 dimensions");
+  for (int64_t d = 0; d + 1 < x.dim; ++d) p.m *= sizes[d] = x.sizes[d];
+  sizes[x.dim - 1] = p.n;
+
+  struct BiasTag {};
+  if (scale_handle) {
+    const View scale(*scale_handle);
+    require(scale.dtype == kFloat32 && scale.contiguous() && scale.dim == 1 && scale.sizes[0] == p.n,
+            "the scale must be float32 [n]");
+    p.scale = scale.as<float>();
+  }
+  if (bias_handle) {
+    const View bias(*bias_handle);
+    require(floating(bias.dtype) && bias.dim == 1 && bias.sizes[0] == p.n, "the bias must be floating point [n]");
+    const bool direct = bias.dtype == kFloat32 && bias.contiguous();
+    p.bias = direct ? bias.as<float>() : float_rows(bias, p.n, 1, scratch<BiasTag>(p.n));
+  }
+  const bool direct = x.dtype == kFloat32 && x.contiguous();
+  p.x = direct ? x.as<float>() : float_rows(x, p.k, p.m, scratch<InputTag>(p.m * p.k));
+  *ret = empty(x.dim, sizes, x.dtype);
+  p.out = View(*ret).data;
+  p.out_type = x.dtype;
+  if (p.m == 0 || p.n == 0) return;
+
+  if (scale_handle) {
+    require(w.dtype == kInt8, "the weight must be int8");
+    multiply(p, w.as<int8_t>());
+  } else if (w.dtype == kFloat32) {
+    multiply(p, w.as<float>());
+  } else if (w.dtype == kBFloat16) {
+    multiply(p, w.as<bfloat16>());
+  } else {
+    require(w.dtype == kFloat16, "the weight must be float32, bfloat16 or float16");
+    multiply(p, w.as<float16>());
+  }
+}
+
+}  // namespace
+}  // namespace ingot
+
+extern "C" INGOT_API AOTITorchError aoti_torch_cpu_linear_dense(AtenTensorHandle x, AtenTensorHandle w,
+                                                                AtenTensorHandle* bias, AtenTensorHandle* ret) {
+  return ingot::guarded("linear_dense", [&] { ingot::linear(x, w, nullptr, bias, ret); });
+}
+
+extern "C" INGOT_API AOTITorchError aoti_torch_cpu_linear_int8(AtenTensorHandle x, AtenTensorHandle w,
+                                                               AtenTensorHandle scale, AtenTensorHandle* bias,
+                                                               AtenTensorHandle* ret) {
+  return ingot::guarded("linear_int8", [&] { ingot::linear(x, w, &scale, bias, ret); });
+}

@@ -1,0 +1,90 @@
+"""Registers Ingot's ops with PyTorch: schema, shapes (for tracing on `meta`) and the reference semantics.
+
+Importing this module once is what makes `torch.ops.ingot.*` exist. Passes and back ends refer to the ops by these
+schemas; `PURE` and `MUTATING` are the whole dialect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_LIBRARY = torch.library.Library("ingot", "DEF")
+
+
+def _attention_shape(q: Tensor, v_like: Tensor) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_like.shape[-1])
+
+
+_OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
+    "attention": (
+        "(Tensor q, Tensor k, Tensor v, int layer, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
+        reference.attention,
+        lambda q, k, v, layer, scale, window, softcap, sinks: _attention_shape(q, v),
+    ),
+    "paged_attention": (
+        "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor positions, float scale, int window, "
+        "float softcap, Tensor? sinks) -> Tensor",
+        reference.paged_attention,
+        lambda q, k_cache, v_cache, tables, positions, scale, window, softcap, sinks: _attention_shape(q, v_cache),
+    ),
+    "cache_slots": (
+        "(Tensor block_tables, Tensor positions, int block_size) -> Tensor",
+        reference.cache_slots,
+        lambda block_tables, positions, block_size: positions.new_empty(positions.numel()),
+    ),
+    "cache_write": (
+        "(Tensor(a!) cache, Tensor x, Tensor slots) -> ()",
+        reference.cache_write,
+        lambda cache, x, slots: None,
+    ),
+    "linear_dense": (
+        "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        reference.linear_dense,
+        lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    ),
+    "linear_int8": (
+        "(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
+        reference.linear_int8,
+        lambda x, weight, scale, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    ),
+    "embedding_int8": (
+        "(Tensor ids, Tensor weight, Tensor scale, Tensor like) -> Tensor",
+        reference.embedding_int8,
+        lambda ids, weight, scale, like: like.new_empty(*ids.shape, weight.shape[1]),
+    ),
+    "rms_norm": (
+        "(Tensor x, Tensor weight, float eps, float offset, bool narrow_first) -> Tensor",
+        reference.rms_norm,
+        lambda x, weight, eps, offset, narrow_first: torch.empty_like(x),
+    ),
+    "rotate_half": (
+        "(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+        reference.rotate_half,
+        lambda x, cos, sin: torch.empty_like(x, memory_format=torch.contiguous_format),
+    ),
+    "sample": (
+        "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor positions)"
+        " -> Tensor",
+        reference.sample,
+        lambda logits, temperature, top_k, top_p, min_p, seeds, positions: seeds.new_empty(logits.shape[0]),
+    ),
+}
+
+for _name, (_schema, _semantics, _shape) in _OPS.items():
+    _LIBRARY.define(f"{_name}{_schema}")
+    _LIBRARY.impl(_name, _semantics, "CPU")
+    _LIBRARY.impl(_name, _semantics, "CUDA")
+    torch.library.register_fake(f"ingot::{_name}", _shape, lib=_LIBRARY)
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    """The op's overload, as it stands in a graph."""
+    return getattr(torch.ops.ingot, name).default
+
+
+SEMANTICS: dict[torch._ops.OpOverload, Callable[..., object]] = {overload(n): s for n, (_, s, _) in _OPS.items()}
