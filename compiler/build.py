@@ -212,6 +212,18 @@ def _manifest(plan: Plan, weights: ModelWeights) -> Manifest:
     return Manifest(1, recipe.name, __version__, model, target, toolchain, record, cache, (), (), [], {}, ())
 
 
+def planned_manifest(plan: Plan, weights: ModelWeights, root: Path) -> Manifest:
+    """The manifest of a plan whose engines are not compiled, with the assets in `root`: for running graphs eagerly."""
+    manifest = _manifest(plan, weights)
+    write_assets(plan.config, plan.folder, root, manifest.model.vocab_size)
+    engines = tuple(
+        EngineEntry(s.name, "aoti", s.phase, s.batch, s.length, "", input_buffers(g), output_buffers(g), (), ())
+        for s in plan.recipe.engines()
+        if (g := plan.graphs[s.name])
+    )
+    return _listed(root, replace(manifest, engines=engines))
+
+
 def _compiler_version() -> str:
     import subprocess
 

@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..artifacts.errors import IngotError
-from ..artifacts.store import open_artifact
+from ..artifacts.errors import GateError, IngotError, UsageError
+from ..artifacts.writer import check_destination
 from .artifact_commands import describe, print_artifact
 from .console import open_progress, print_table, size_text
 from .model_source import check_output
@@ -29,18 +29,18 @@ def build(args: argparse.Namespace) -> int:
         return _dry_run(recipe, output, args.json)
     recipe.check_source()
     check_output(recipe, output)
+    check_destination(output, args.force)
     with open_progress(args.json) as progress:
         from .build import build as build_artifact
 
         result = build_artifact(recipe, output, force=args.force, dump_ir=args.dump_ir, progress=progress)
-    facts = describe(open_artifact(output, verify="sizes").manifest)
-    seconds: dict[str, float] = dict(getattr(result, "seconds", {}))
+    facts = describe(result.manifest)
     if args.json:
-        print(json.dumps({"path": str(output), **facts, "seconds": seconds}))
+        seconds = {name: round(value, 3) for name, value in result.stages.items()}
+        print(json.dumps({"path": str(output), **facts, "stage_seconds": seconds}))
         return 0
     print_artifact(facts)
-    if seconds:
-        print_table("time", ("stage", "seconds"), [(name, round(value, 1)) for name, value in seconds.items()])
+    print_table("time", ("stage", "seconds"), [(name, round(value, 1)) for name, value in result.stages.items()])
     print(f'wrote {output} ({size_text(facts["total_bytes"])}); try: ingot run {output} "…"')
     return 0
 
@@ -60,7 +60,7 @@ def passes(args: argparse.Namespace) -> int:
 
 
 def bisect(args: argparse.Namespace) -> int:
-    """Find the pass that breaks the numbers."""
+    """Find the pass that breaks the numbers; the gate's exit code if there is one."""
     recipe = load_recipe(args.recipe, args.overrides, args.model)
     recipe.check_source()
     with open_progress(args.json) as progress:
@@ -68,11 +68,11 @@ def bisect(args: argparse.Namespace) -> int:
 
         result = find(recipe, progress=progress)
     if args.json:
-        facts = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else {"result": str(result)}  # type: ignore[arg-type]
-        print(json.dumps(facts, default=str))
+        print(json.dumps(dataclasses.asdict(result)))
     else:
-        print(result)
-    return 0
+        print_table("tried", ("", "prefix of the pipeline"), list(enumerate(result.tried, 1)))
+        print(f"pass {result.name!r} brings the error in: {result.detail}" if result.name else result.detail)
+    return GateError.exit_code if result.name else 0
 
 
 def families(args: argparse.Namespace) -> int:
@@ -81,11 +81,13 @@ def families(args: argparse.Namespace) -> int:
         from .families import run
 
         rows: list[dict[str, Any]] = run(args.names, progress=progress)
+    if unknown := set(args.names) - {row.get("family") for row in rows}:
+        raise UsageError(f"there is no family {min(unknown)!r}", "recipes/families.toml lists them", "correct the name")
     if args.json:
         print(json.dumps(rows))
     elif rows:
         print_table("token-exactness against eager transformers", tuple(rows[0]), [tuple(r.values()) for r in rows])
-    return 0 if all(row.get("exact", True) in (True, "yes") for row in rows) else 4
+    return 0 if all(row.get("exact") in (True, "yes") for row in rows) else GateError.exit_code
 
 
 def _dry_run(recipe: Recipe, output: Path, as_json: bool) -> int:

@@ -50,7 +50,8 @@ class PlainProgress:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._begin = time.monotonic()
-        self._stage, self._total, self._done, self._item = "", None, 0, ""
+        self._stage, self._item, self._done = "", "", 0
+        self._total: int | None = None
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[None]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..artifacts.errors import UnsupportedModelError
-from .checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint, check_against
+from .checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint, TensorInfo, check_against
 from .load_model import DTYPES
 
 
@@ -51,24 +51,28 @@ class ModelWeights:
 class _Loaded:
     """Parameters that transformers loaded and converted."""
 
-    def __init__(self, folder: Path, dtype: str, digest: str) -> None:
-        from transformers import AutoModelForCausalLM
-
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], output_loading_info=True, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
-        bad = {k: sorted(map(str, v))[:5] for k, v in info.items() if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-        if bad:
-            raise UnsupportedModelError(f"the weights in {folder} do not fit the config", str(bad), "check that both belong to the same model")
-        self._state = model.state_dict()
-        self._digest = digest
-        self.tensors: dict[str, Any] = {}
+    def __init__(self, state: dict[str, torch.Tensor], digest: str) -> None:
+        self._state, self._digest = state, digest
+        self.tensors: dict[str, TensorInfo] = {}
 
     def load(self, name: str) -> torch.Tensor:
         return self._state[name]
 
     def digest(self) -> str:
         return self._digest
+
+
+def _load_by_transformers(folder: Path, dtype: str, digest: str) -> _Loaded | None:
+    """The weights in the form transformers runs them, or None when even transformers misses some."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[dtype], output_loading_info=True, use_safetensors=True, trust_remote_code=False,
+        local_files_only=True,
+    )  # fmt: skip
+    if any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        return None
+    return _Loaded(model.state_dict(), digest)
 
 
 def open_weights(model: nn.Module, folder: Path | None, dtype: str, seed: int) -> ModelWeights:
@@ -84,12 +88,17 @@ def open_weights(model: nn.Module, folder: Path | None, dtype: str, seed: int) -
         return ModelWeights(RandomCheckpoint(unique, DTYPES[dtype], seed), alias)
     checkpoint = SafetensorsCheckpoint(folder)
     names = _names(checkpoint.tensors, shapes, alias)
-    if names is None and _has_conversion(model):
-        return ModelWeights(_Loaded(folder, dtype, checkpoint.digest()), {})
     if names is None:
+        loaded = _load_by_transformers(folder, dtype, checkpoint.digest())
+        if loaded is not None:
+            return ModelWeights(loaded, {})
         buffers = {name for name, _ in model.named_buffers()}
         check_against(checkpoint, shapes, optional=alias, ignore=buffers)
-        names = {}
+        raise UnsupportedModelError(
+            f"the weights in {folder} do not fit the config",
+            "some have no counterpart",
+            "check that both belong to the same model",
+        )
     renamed = {name: names.get(name, name) for name in shapes}
     wanted = {stored: shapes[name] for name, stored in renamed.items()}
     check_against(checkpoint, wanted, ignore=set(checkpoint.tensors) - set(wanted))
@@ -108,12 +117,3 @@ def _names(stored: Mapping[str, Any], shapes: Mapping[str, Any], alias: Mapping[
             return None
         found[name] = hit
     return found
-
-
-def _has_conversion(model: nn.Module) -> bool:
-    """Whether transformers converts this kind of model when loading."""
-    try:
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    except ImportError:
-        return False
-    return bool(get_checkpoint_conversion_mapping(model.config.model_type))

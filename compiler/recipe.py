@@ -208,12 +208,13 @@ def _resolve(recipe: Recipe, file: str) -> Recipe:
     """Fill in the defaults that depend on other keys; shapes come out in rising order."""
     shapes, gate = recipe.shapes, recipe.gate
     decode, prefill = tuple(sorted(shapes.decode_batch_sizes)), tuple(sorted(shapes.prefill_lengths))
-    tokens = shapes.kv_cache_tokens or decode[-1] * recipe.model.max_length
+    blocks = -(-recipe.model.max_length // shapes.kv_block_size)  # of one full sequence
+    tokens = shapes.kv_cache_tokens or decode[-1] * blocks * shapes.kv_block_size
     if not recipe.model.max_length <= tokens <= MAX_CACHE_TOKENS:
         raise UsageError(
             f"{file}: shapes.kv_cache_tokens is refused",
             f"{tokens} is not between model.max_length = {recipe.model.max_length} (one full sequence must fit) and"
-            f" {MAX_CACHE_TOKENS}; left out, it is the largest decode batch times model.max_length",
+            f" {MAX_CACHE_TOKENS}; left out, it holds the largest decode batch at full length",
             "set shapes.kv_cache_tokens, or lower the decode batch or model.max_length",
         )
     if gate.prompts_file:

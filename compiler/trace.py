@@ -55,7 +55,15 @@ def trace(model: nn.Module, batch: int, length: int) -> TracedGraph:
             f"{type(error).__name__}: {_first_line(error)}",
             "models with data-dependent control flow or state other than a KV cache are not supported",
         ) from error
-    if not any(n.target is overload("attention") for n in gm.graph.nodes):
+    attentions = sum(n.target is overload("attention") for n in gm.graph.nodes)
+    layers = getattr(model.config, "num_hidden_layers", attentions)
+    if 0 < attentions < layers:
+        raise UnsupportedModelError(
+            f"{name} has {layers} layers, but only {attentions} keep their state in attention's keys and values",
+            "the others carry state of another kind (state space, linear attention, convolution), which is not cached",
+            "use a model that has nothing but attention",
+        )
+    if not attentions:
         raise UnsupportedModelError(
             f"{name} has no attention seam",
             "it does not call transformers' attention interface",

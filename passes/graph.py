@@ -6,6 +6,7 @@ running its op on `meta`.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,9 +43,36 @@ def value_of(argument: Any) -> Any:
     return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
 
-def shape_of(node: fx.Node) -> tuple[int, ...]:
+def operands(node: fx.Node) -> tuple[Any, ...]:
+    """A node's positional arguments. (fx types them as a union of everything; a pass knows its op's schema.)"""
+    return node.args
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
     """A node's shape."""
     return tuple(node.meta["val"].shape)
+
+
+def dtype_of(node: Any) -> torch.dtype:
+    """A node's dtype."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def source_of(node: fx.Node) -> str:
+    """Where in the Hugging Face module a node came from, "" if unknown."""
+    return str(node.meta.get("source", ""))
+
+
+def replace(node: fx.Node, new: fx.Node) -> None:
+    """Put `new` in the place of `node` and take `node` out of the graph."""
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def is_weight(argument: Any) -> bool:
+    """Whether the argument is a weight, not a computed value."""
+    return isinstance(argument, fx.Node) and argument.op == "get_attr"
 
 
 def emit(graph: fx.Graph, target: Any, *args: Any, source: str = "", **kwargs: Any) -> fx.Node:
@@ -62,8 +90,15 @@ def emit(graph: fx.Graph, target: Any, *args: Any, source: str = "", **kwargs: A
 def add_weight(
     traced: TracedGraph, attribute: str, expression: Expression, shape: Sequence[int], dtype: torch.dtype
 ) -> fx.Node:
-    """A get_attr node for a new weight at the insertion point (the same name gives the same weight again)."""
-    if attribute not in traced.weights.entries:
+    """A get_attr node for a new weight at the insertion point; the same name gives the same weight again.
+
+    Raises:
+        ValueError: the name is taken by a weight of another value or shape.
+    """
+    known = traced.weights.entries.get(attribute)
+    if known is not None and (known != expression or tuple(getattr(traced.gm, attribute).shape) != tuple(shape)):
+        raise ValueError(f"weight {attribute!r} exists and means something else")
+    if known is None:
         traced.weights.entries[attribute] = expression
         traced.gm.register_buffer(attribute, torch.empty(tuple(shape), dtype=dtype, device="meta"))
     node = traced.graph.get_attr(attribute)
@@ -79,6 +114,11 @@ def is_call(argument: Any, *targets: Any) -> bool:
 def sole_user(node: fx.Node) -> fx.Node | None:
     """The only user of a node, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def copy_graph(traced: TracedGraph) -> TracedGraph:
+    """A copy that passes may rewrite while the original stays; values of constants are shared."""
+    return TracedGraph(copy.deepcopy(traced.gm), Weights(dict(traced.weights.entries)))
 
 
 def drop_unused_weights(traced: TracedGraph) -> None:

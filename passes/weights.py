@@ -9,11 +9,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Load = Callable[[str], Tensor]
+
+
+class Expression(Protocol):
+    """How a weight follows from the checkpoint; compared by `==`, so that two engines can share one weight."""
+
+    def evaluate(self, load: Load) -> Tensor:
+        """The value, with `load` giving the checkpoint's tensors by name."""
+        ...
+
+    def sources(self) -> tuple[str, ...]:
+        """Names of the checkpoint's tensors it is made of, in order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,10 @@ class Stored:
         """The tensor in the graph's dtype."""
         return load(self.name).to(self.dtype)
 
+    def sources(self) -> tuple[str, ...]:
+        """Itself."""
+        return (self.name,)
+
 
 @dataclass(frozen=True, eq=False)
 class Constant:
@@ -38,6 +55,10 @@ class Constant:
     def evaluate(self, load: Load) -> Tensor:
         """The value itself."""
         return self.value
+
+    def sources(self) -> tuple[str, ...]:
+        """None: it is in no checkpoint."""
+        return ()
 
     def digest(self) -> str:
         """Hex digest of dtype, shape and bytes: equal constants of several engines share one name."""
@@ -63,6 +84,10 @@ class Concat:
         """The concatenation; parts are loaded one by one."""
         return torch.cat([part.evaluate(load) for part in self.parts])
 
+    def sources(self) -> tuple[str, ...]:
+        """Those of all parts."""
+        return tuple(name for part in self.parts for name in part.sources())
+
 
 @dataclass(frozen=True)
 class Transposed:
@@ -73,6 +98,10 @@ class Transposed:
     def evaluate(self, load: Load) -> Tensor:
         """[n, k] of a stored [k, n]."""
         return self.part.evaluate(load).t().contiguous()
+
+    def sources(self) -> tuple[str, ...]:
+        """Those of its part."""
+        return self.part.sources()
 
 
 @dataclass(frozen=True)
@@ -87,8 +116,9 @@ class Quantized:
         """The quantized values or their scales."""
         return self.scheme(self.part.evaluate(load))[self.output]
 
-
-Expression = Stored | Constant | Concat | Transposed | Quantized
+    def sources(self) -> tuple[str, ...]:
+        """Those of its part."""
+        return self.part.sources()
 
 
 @dataclass

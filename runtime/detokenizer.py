@@ -31,9 +31,10 @@ class Detokenizer:
         self._decoder = decoder
         self._skipped = decoder.special_ids if skip_special_tokens else frozenset()
         # Tokens [:_read] are out; [_read:] are held. Special tokens never enter, so they cannot hold anything back.
-        self._window = [t for t in prompt[-4 * _CONTEXT_TOKENS :] if t not in self._skipped][-_CONTEXT_TOKENS:]
+        self._window, self._before = self._context(
+            [t for t in prompt[-4 * _CONTEXT_TOKENS :] if t not in self._skipped]
+        )
         self._read = len(self._window)
-        self._before = decoder.decode(self._window) if self._window else ""
 
     def add(self, token: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""
@@ -52,6 +53,21 @@ class Detokenizer:
     def alone(self, token: int) -> str:
         """The text of one token by itself, as logprobs show it."""
         return self._decoder.decode((token,))
+
+    def _context(self, prompt: list[int]) -> tuple[list[int], str]:
+        """The last tokens of the prompt and their text, beginning with a whole character.
+
+        A byte-fallback decoder spells a whole run of bytes as U+FFFD if its first character is cut, also what follows.
+        """
+        found: list[tuple[int, list[int], str]] = []
+        for size in range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + 4):
+            window = prompt[-size:]
+            text = self._decoder.decode(window) if window else ""
+            found.append((text.count("\ufffd"), window, text))
+            if not found[-1][0]:
+                break
+        _, window, text = min(found, key=lambda each: each[0])
+        return window, text
 
     def _emit(self, text: str, end: int) -> str:
         """Give out the text of tokens [_read:end]; `text` is that of [:end]. Those tokens become the next context."""

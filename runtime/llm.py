@@ -47,14 +47,16 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | OpenArtifact,
         *,
         verify: Literal["full", "sizes"] = "full",
         engine_group: EngineGroup | None = None,
     ) -> None:
-        self._artifact: OpenArtifact = open_artifact(model, verify)
+        # A build hands over an artifact that is not published yet; everybody else gives a folder to verify.
+        given = isinstance(model, OpenArtifact)
+        self._artifact: OpenArtifact = model if isinstance(model, OpenArtifact) else open_artifact(model, verify)
         manifest = self._artifact.manifest
-        if verify == "sizes":
+        if verify == "sizes" and not given:
             # Code and what steers it is digested in any case: it is small, and weights can execute nothing.
             self._artifact.verify(f.path for f in manifest.files if f.path not in manifest.weights)
         self._model = manifest.model

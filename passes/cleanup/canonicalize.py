@@ -1,14 +1,12 @@
-"""Removes ops that compute nothing and writes the rest in one spelling."""
+"""Removes ops that compute nothing and writes the rest in one spelling. The first pass; later ones rely on its forms."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import fx
 
 from ..base import Context, Outcome
-from ..graph import TracedGraph, aten, is_call, shape_of, value_of
+from ..graph import TracedGraph, aten, dtype_of, operands, replace, shape_of, value_of
 from ..stages import Stage
 
 _CHECKS = (
@@ -24,12 +22,12 @@ _COPIES = (
     aten.lift_fresh_copy.default,
     aten.contiguous.default,
 )
+_CASTS = (aten._to_copy.default, aten.to.dtype, aten.type_as.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-_LARGEST = 2**63 - 1
 
 
 class Canonicalize:
-    """Drop checks, copies, views to the same shape, casts to the same dtype and multiplications by one; views become reshapes."""
+    """Drop checks, copies, idle views, casts and multiplications by one; one spelling for views, slices and casts."""
 
     name = "canonicalize"
     needs = Stage.TRACED
@@ -37,7 +35,7 @@ class Canonicalize:
     exact = True
 
     def run(self, traced: TracedGraph, ctx: Context) -> Outcome:
-        """Rewrite until nothing changes in one sweep (each node is looked at once; its inputs are already settled)."""
+        """One sweep in the graph's order: a node's inputs are settled before the node is looked at."""
         outcome = Outcome()
         for node in list(traced.graph.nodes):
             if node.op != "call_function":
@@ -46,57 +44,71 @@ class Canonicalize:
                 traced.graph.erase_node(node)
                 outcome.changed += 1
             elif (same := _unchanged(node)) is not None:
-                node.replace_all_uses_with(same)
-                traced.graph.erase_node(node)
+                replace(node, same)
                 outcome.changed += 1
             elif _respell(node):
                 outcome.changed += 1
         return outcome
 
 
-def _unchanged(node: fx.Node) -> Any:
-    """The input that the node equals, or None."""
-    if not node.args or not isinstance(node.args[0], fx.Node) or not isinstance(value_of(node.args[0]), torch.Tensor):
+def _unchanged(node: fx.Node) -> fx.Node | None:
+    """The input that the node equals in shape, dtype and every value, or None."""
+    args = operands(node)
+    if not args or not isinstance(args[0], fx.Node) or not isinstance(node.meta["val"], torch.Tensor):
         return None
-    source, target = node.args[0], node.target
-    same_type = (
-        value_of(source).dtype == node.meta["val"].dtype if isinstance(node.meta["val"], torch.Tensor) else False
-    )
-    if not same_type:
+    source, target = args[0], node.target
+    if not isinstance(value_of(source), torch.Tensor) or dtype_of(source) != dtype_of(node):
         return None
-    same_shape = shape_of(source) == shape_of(node)
-    if target in _COPIES or (target in (aten._to_copy.default, aten.to.dtype, aten.type_as.default)):
+    if target in _COPIES or target in _CASTS:
         return source
-    if target in (*_VIEWS, aten.expand.default) and same_shape:
+    if target is aten.dropout.default and (args[2] is False or args[1] == 0):
         return source
-    if target is aten.slice.Tensor and same_shape and (len(node.args) < 5 or node.args[4] == 1):
+    if shape_of(source) != shape_of(node):
+        return None
+    if target in _VIEWS or target is aten.expand.default:
         return source
-    if target in (aten.mul.Tensor, aten.div.Tensor) and same_shape and node.args[1] == 1:
+    if target is aten.slice.Tensor and (len(args) < 5 or args[4] == 1):
         return source
-    if target in (aten.add.Tensor, aten.sub.Tensor) and same_shape and node.args[1] == 0 and not node.kwargs:
+    if target in (aten.mul.Tensor, aten.div.Tensor) and _is_number(args[1], 1):
         return source
-    return aten_dropout(node)
+    # x + 0 turns -0.0 into 0.0, which no op that may stand in a graph tells apart.
+    if target in (aten.add.Tensor, aten.sub.Tensor) and _is_number(args[1], 0) and not node.kwargs:
+        return source
+    return None
 
 
-def aten_dropout(node: fx.Node) -> Any:
-    """The input of a dropout that is off."""
-    off = is_call(node, aten.dropout.default) and (node.args[2] is False or node.args[1] == 0)
-    return node.args[0] if off else None
+def _is_number(value: object, wanted: int) -> bool:
+    return isinstance(value, int | float) and value == wanted
 
 
 def _respell(node: fx.Node) -> bool:
-    """One spelling for one meaning: reshape with full sizes, slices with explicit ends, type_as as a cast."""
+    """Whether the node was not yet in the one spelling of its meaning; now it is."""
+    args = operands(node)
     if node.target in _VIEWS:
-        wanted = (node.args[0], list(shape_of(node)))
-        if node.target is aten.reshape.default and list(node.args) == list(wanted):
-            return False
-        node.target, node.args = aten.reshape.default, wanted
-        return True
-    if node.target is aten.slice.Tensor and len(node.args) >= 4 and node.args[3] == _LARGEST:
-        size = shape_of(node.args[0])[node.args[1]]
-        node.args = (*node.args[:3], size, *node.args[4:])
-        return True
+        return _set(node, aten.reshape.default, (args[0], list(shape_of(node))))
+    if node.target is aten.slice.Tensor:
+        return _set(node, aten.slice.Tensor, _explicit_slice(node))
     if node.target is aten.type_as.default:
-        node.target, node.args, node.kwargs = aten._to_copy.default, (node.args[0],), {"dtype": node.meta["val"].dtype}
-        return True
+        return _set(node, aten._to_copy.default, (args[0],), {"dtype": dtype_of(node)})
+    if node.target is aten.square.default:
+        return _set(node, aten.pow.Tensor_Scalar, (args[0], 2))
+    # PyTorch computes both the same way; norms are written in either.
+    if node.target is aten.pow.Tensor_Scalar and args[1] == -0.5:
+        return _set(node, aten.rsqrt.default, (args[0],))
     return False
+
+
+def _set(node: fx.Node, target: object, args: tuple, kwargs: dict | None = None) -> bool:
+    kwargs = kwargs or {}
+    if node.target is target and tuple(node.args) == args and dict(node.kwargs) == kwargs:
+        return False
+    node.target, node.args, node.kwargs = target, args, kwargs  # type: ignore[assignment]
+    return True
+
+
+def _explicit_slice(node: fx.Node) -> tuple:
+    """Arguments of a slice with dimension, start and end counted from the front; the step only where it is not one."""
+    x, dim, start, end, step = (*operands(node), None, None, None, None)[:5]
+    dim = (dim or 0) % len(shape_of(x))
+    start, end, step = slice(start, end, step if step is not None else 1).indices(shape_of(x)[dim])
+    return (x, dim, start, max(start, end)) if step == 1 else (x, dim, start, end, step)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from ..base import Context, Outcome
-from ..graph import TracedGraph
+from ..graph import TracedGraph, replace
 from ..stages import Stage
 
 
@@ -20,7 +20,7 @@ class CommonSubexpressions:
     exact = True
 
     def run(self, traced: TracedGraph, ctx: Context) -> Outcome:
-        """Every op at this stage is pure, so equal calls have equal results."""
+        """Every op before the cache pass is pure, so equal calls have equal results."""
         outcome = Outcome()
         seen: dict[Any, fx.Node] = {}
         for node in list(traced.graph.nodes):
@@ -29,8 +29,7 @@ class CommonSubexpressions:
             key = (node.op, node.target, _frozen(node.args), _frozen(node.kwargs))
             first = seen.setdefault(key, node)
             if first is not node:
-                node.replace_all_uses_with(first)
-                traced.graph.erase_node(node)
+                replace(node, first)
                 outcome.changed += 1
         return outcome
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..base import Context, Outcome
-from ..graph import TracedGraph, add_weight
+from ..graph import TracedGraph, add_weight, replace
 from ..stages import Stage
 from ..weights import Constant
 
 _LARGEST_ELEMENTS = 1 << 20
+
+
+def is_constant(traced: TracedGraph, node: fx.Node) -> bool:
+    """Whether the node reads a weight whose value is known at build."""
+    return node.op == "get_attr" and isinstance(traced.weights.entries[str(node.target)], Constant)
 
 
 def evaluator(traced: TracedGraph) -> Callable[[fx.Node, dict[fx.Node, torch.Tensor]], torch.Tensor]:
@@ -22,16 +28,17 @@ def evaluator(traced: TracedGraph) -> Callable[[fx.Node, dict[fx.Node, torch.Ten
         if node in known:
             return known[node]
         if node.op == "get_attr":
-            entry = traced.weights.entries[node.target]
+            entry = traced.weights.entries[str(node.target)]
             if not isinstance(entry, Constant):
                 raise ValueError(f"{node.name} is not a constant")
             value = entry.value
         else:
-            args = fx.node.map_arg(node.args, lambda n: evaluate(n, known))
-            kwargs = fx.node.map_arg(node.kwargs, lambda n: evaluate(n, known))
+            target: Any = node.target
+            args: Any = fx.node.map_arg(node.args, lambda n: evaluate(n, known))
+            kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: evaluate(n, known))
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": torch.device("cpu")}
-            value = node.target(*args, **kwargs)
+            value = target(*args, **kwargs)
         known[node] = value
         return value
 
@@ -51,9 +58,8 @@ class FoldConstants:
         outcome = Outcome()
         constant: set[fx.Node] = set()
         for node in traced.graph.nodes:
-            if node.op == "get_attr" and isinstance(traced.weights.entries[node.target], Constant):
-                constant.add(node)
-            elif node.op == "call_function" and all(n in constant for n in node.all_input_nodes):
+            follows = node.op == "call_function" and all(n in constant for n in node.all_input_nodes)
+            if follows or is_constant(traced, node):
                 constant.add(node)
         evaluate = evaluator(traced)
         for node in [n for n in traced.graph.nodes if n in constant and n.op == "call_function"]:
@@ -65,6 +71,7 @@ class FoldConstants:
             value = Constant(evaluate(node, {}).contiguous())
             with traced.graph.inserting_before(node):
                 new = add_weight(traced, f"folded_{value.digest()[:16]}", value, value.value.shape, value.value.dtype)
-            node.replace_all_uses_with(new)
+            constant.add(new)
+            replace(node, new)
             outcome.changed += 1
         return outcome

@@ -166,7 +166,8 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     row = _mix32(row ^ (positions & _MASK32))
     index = torch.arange(vocabulary, device=seeds.device) * _GOLDEN & _MASK32
     bits = _mix32(row[:, None] ^ index[None, :])
-    uniform = ((bits >> 8).float() + 0.5) * 2.0**-24
+    # The largest hash would round up to 1, whose noise is infinite and would win whatever its logit.
+    uniform = (((bits >> 8).float() + 0.5) * 2.0**-24).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log(uniform))
 
 

@@ -69,7 +69,8 @@ HOSTILE = {
     "format": "{{ '%10000000000d' | format(1) }}",
     "list repetition": "{% set l = [0] * 10**10 %}",
     "doubling": "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-    "replacing": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s.replace('a', 'aa') %}{% endfor %}",
+    "replacing": "{% set n = namespace(s='a') %}{% for i in range(60) %}"
+    "{% set n.s = n.s | replace('a', 'aa') %}{% endfor %}",
     "output": "{% for a in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "lorem": "{{ lipsum(n=10**9) }}",

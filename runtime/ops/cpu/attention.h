@@ -21,11 +21,12 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Call {
   View q, k, v, tables, positions;
-  const float* sinks;  // [heads] or null
-  float scale, softcap;
-  int64_t window;
-  int64_t batch, heads, groups, length, dim, v_dim, v_pad, kv_heads, block_size, capacity;
-  void* out;
+  const float* sinks = nullptr;  // [heads] or null
+  float scale = 1, softcap = 0;
+  int64_t window = 0;
+  int64_t batch = 0, heads = 0, groups = 0, length = 0, dim = 0, v_dim = 0, v_pad = 0, kv_heads = 0, block_size = 0;
+  int64_t capacity = 0;  // positions that a row's block table can hold
+  void* out = nullptr;
 
   int64_t position(int64_t b, int64_t t) const {
     return positions.as<int64_t>()[b * positions.strides[0] + t * positions.strides[1]];

@@ -1,0 +1,99 @@
+"""The CPU kernels, compiled once per session and called through ctypes on tensors of their own shim."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ingot.compiler.backends.cpu_kernels import compile_kernels
+
+_DTYPES = {
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.bfloat16: 15,
+}
+_BY_NUMBER = {number: dtype for dtype, number in _DTYPES.items()}
+Handle = ctypes.c_void_p
+
+
+class Kernels:
+    """Calls C functions of the library with torch tensors, which only lend their memory."""
+
+    def __init__(self, path: Path) -> None:
+        # Local: this process also holds libtorch, whose functions have the same names.
+        self.library = ctypes.CDLL(str(path), ctypes.RTLD_LOCAL)
+        self.library.ingot_last_error.restype = ctypes.c_char_p
+
+    def handle(self, tensor: torch.Tensor) -> Handle:
+        """A handle on the tensor's memory, with its sizes and strides."""
+        made, numbers = Handle(), ctypes.c_int64 * max(tensor.dim(), 1)
+        status = self.library.aoti_torch_create_tensor_from_blob(
+            Handle(tensor.data_ptr()),
+            ctypes.c_int64(tensor.dim()),
+            numbers(*tensor.shape),
+            numbers(*tensor.stride()),
+            ctypes.c_int64(0),
+            _DTYPES[tensor.dtype],
+            0,
+            0,
+            ctypes.byref(made),
+        )
+        assert status == 0, self.error()
+        return made
+
+    def error(self) -> str:
+        return self.library.ingot_last_error().decode()
+
+    def free(self, handle: Handle) -> None:
+        assert self.library.aoti_torch_delete_tensor_object(handle) == 0
+
+    def read(self, handle: Handle) -> torch.Tensor:
+        """A copy of what a handle holds (contiguous results)."""
+        dtype, dim, sizes, data = ctypes.c_int32(), ctypes.c_int64(), ctypes.POINTER(ctypes.c_int64)(), Handle()
+        self.library.aoti_torch_get_dtype(handle, ctypes.byref(dtype))
+        self.library.aoti_torch_get_dim(handle, ctypes.byref(dim))
+        self.library.aoti_torch_get_sizes(handle, ctypes.byref(sizes))
+        self.library.aoti_torch_get_data_ptr(handle, ctypes.byref(data))
+        out = torch.empty([sizes[d] for d in range(dim.value)], dtype=_BY_NUMBER[dtype.value])
+        ctypes.memmove(out.data_ptr(), data.value or 0, out.numel() * out.itemsize)
+        return out
+
+    def call(self, name: str, *arguments: torch.Tensor | float | int | None) -> torch.Tensor:
+        """An op's result; a `None` is an absent optional tensor, a tuple of one tensor a present one."""
+        function: Callable[..., int] = getattr(self.library, f"aoti_torch_cpu_{name}")
+        handles: list[Handle] = []
+        given: list[object] = []
+        for argument in arguments:
+            if isinstance(argument, tuple):
+                handles.append(self.handle(argument[0]))
+                given.append(ctypes.byref(handles[-1]))
+            elif isinstance(argument, torch.Tensor):
+                handles.append(self.handle(argument))
+                given.append(handles[-1])
+            elif isinstance(argument, float):
+                given.append(ctypes.c_double(argument))
+            else:
+                given.append(None if argument is None else ctypes.c_int64(argument))
+        result = Handle()
+        status = function(*given, ctypes.byref(result))
+        for handle in handles:
+            self.free(handle)
+        if status:
+            raise RuntimeError(self.error())
+        out = self.read(result)
+        self.free(result)
+        return out
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    path = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    compile_kernels(path)
+    return Kernels(path)
