@@ -55,7 +55,9 @@ class _Oracle:
         self.tokens = numeric_gate.GateTokens(
             [tokens.sequences[i][: tokens.prompts[i] + _MOST_STEPS] for i in keep], [tokens.prompts[i] for i in keep]
         )
-        self.reference, self.eager = numeric_gate.reference_logits(plan.config, recipe, load, self.tokens)
+        self.reference = numeric_gate.reference_logits(plan.config, load, self.tokens)
+        eager = numeric_gate.eager_logits(plan.config, recipe, load, self.tokens)
+        self.own = compare(self.reference, eager) if eager is not None else None
         self.budget = numeric_gate.budget_for(recipe)
         self.tried: list[str] = []
 
@@ -69,8 +71,7 @@ class _Oracle:
         cache = KVCache(context.block_size, context.num_blocks, context.max_blocks, self.plan.recipe.model.dtype, ())
         group = EagerGroup(graphs, self.load)
         found: list[np.ndarray] = replay(group.engines, cache, self.pair, self.tokens.sequences, self.tokens.prompts)
-        own = compare(self.reference, self.eager) if self.eager is not None else None
-        missed = self.budget.shortfalls(compare(self.reference, found), own)
+        missed = self.budget.shortfalls(compare(self.reference, found), self.own)
         self.tried.append(f"{passes[-1].name if passes else 'trace'}: {missed[0] if missed else 'within budget'}")
         return missed
 

@@ -18,6 +18,7 @@ from ..artifacts.writer import check_destination
 from .artifact_commands import describe, print_artifact
 from .console import open_progress, print_table, size_text
 from .model_source import check_output
+from .quiet import quiet_libraries
 from .recipe import Recipe, load_recipe
 
 
@@ -30,7 +31,7 @@ def build(args: argparse.Namespace) -> int:
     recipe.check_source()
     check_output(recipe, output)
     check_destination(output, args.force)
-    with open_progress(args.json) as progress:
+    with open_progress(args.json) as progress, quiet_libraries(not args.debug):
         from .build import build as build_artifact
 
         result = build_artifact(recipe, output, force=args.force, dump_ir=args.dump_ir, progress=progress)
@@ -63,7 +64,7 @@ def bisect(args: argparse.Namespace) -> int:
     """Find the pass that breaks the numbers; the gate's exit code if there is one."""
     recipe = load_recipe(args.recipe, args.overrides, args.model)
     recipe.check_source()
-    with open_progress(args.json) as progress:
+    with open_progress(args.json) as progress, quiet_libraries(not args.debug):
         from .bisect import bisect as find
 
         result = find(recipe, progress=progress)
@@ -77,7 +78,7 @@ def bisect(args: argparse.Namespace) -> int:
 
 def families(args: argparse.Namespace) -> int:
     """Print the table of model families with token-exactness; the exit code is the gate's if one is not exact."""
-    with open_progress(args.json) as progress:
+    with open_progress(args.json) as progress, quiet_libraries(not args.debug):
         from .families import run
 
         rows: list[dict[str, Any]] = run(args.names, progress=progress)

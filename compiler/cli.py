@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     debug = "--debug" in argv[: argv.index("--")] if "--" in argv else "--debug" in argv
     try:
+        # A terminated build cleans up behind itself, as an interrupted one does.
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, _terminate)
         args = _parser().parse_args(argv)
         code = _call(args)
         sys.stdout.flush()
@@ -58,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"internal error: {type(error).__name__}: {str(error)[:500]}"
         _report(IngotError(what, "this is a bug in Ingot", "run again with --debug and report it"), error, debug)
         return 1
+
+
+def _terminate(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _report(shown: IngotError, error: BaseException, debug: bool) -> int:

@@ -11,6 +11,8 @@ from ..passes.cleanup.canonicalize import Canonicalize
 from ..passes.cleanup.common_subexpressions import CommonSubexpressions
 from ..passes.cleanup.fold_constants import FoldConstants
 from ..passes.cleanup.linear import UnifyLinear
+from ..passes.fusion.add_norm import FuseAddNorm
+from ..passes.fusion.gated_activation import FuseGatedActivation
 from ..passes.fusion.merge_projections import MergeProjections
 from ..passes.fusion.position_tables import PositionTables
 from ..passes.fusion.rms_norm import FuseRMSNorm
@@ -30,8 +32,10 @@ PIPELINE: tuple[GraphPass, ...] = (
     # fuse: fewer, larger ops
     PositionTables(),
     FuseRMSNorm(),
+    FuseAddNorm(),
     FuseRoPE(),
     MergeProjections(),
+    FuseGatedActivation(),
     GatherLastToken(),
     # cache: from a function of a whole sequence to one step over a paged cache
     InsertKVCache(),
@@ -59,5 +63,6 @@ def select(skip: Sequence[str] = (), passes: Sequence[GraphPass] = PIPELINE) -> 
         if name not in names:
             raise UsageError(f"passes.skip names {name!r}, which is no pass", "", f"the passes are: {', '.join(names)}")
         if name in REQUIRED:
-            raise UsageError(f"pass {name!r} cannot be skipped", "no engine can be built without it", "remove it from passes.skip")
+            why = "no engine can be built without it"
+            raise UsageError(f"pass {name!r} cannot be skipped", why, "remove it from passes.skip")
     return [p for p in passes if p.name not in skip]

@@ -88,4 +88,3 @@ class Target:
 
     device: Literal["cpu", "cuda"] = "cpu"
     isa: Literal["native", "portable"] = "native"
-    threads: int = integer(0, 0, 1024)

@@ -15,6 +15,7 @@ from torch import nn
 from .load_model import DTYPES, make_model
 
 _KEEP_BYTES = 1 << 30
+_SIMILAR = 1.6  # longest over shortest sequence of a batch
 
 
 class ReferenceModel:
@@ -59,12 +60,26 @@ class ReferenceModel:
 
         return hook
 
-    @torch.no_grad()
     def logits(self, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
         """float32 logits of each sequence from position `firsts[i]` on, [length - first, vocabulary] each.
 
-        All sequences run as one batch padded on the right; padding comes after what is read, so causality hides it.
+        Sequences of similar length share a batch, padded on the right; padding comes after what is read, so causality
+        hides it.
         """
+        found: list[np.ndarray] = [np.empty(0)] * len(sequences)
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        group: list[int] = []
+        for i in [*order, None]:
+            if group and (i is None or len(sequences[i]) > _SIMILAR * len(sequences[group[0]])):
+                for j, logits in zip(group, self._batch([sequences[j] for j in group], [firsts[j] for j in group])):
+                    found[j] = logits
+                group = []
+            if i is not None:
+                group.append(i)
+        return found
+
+    @torch.no_grad()
+    def _batch(self, sequences: list[Sequence[int]], firsts: list[int]) -> list[np.ndarray]:
         longest = max(map(len, sequences))
         tokens = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences])
         positions = torch.arange(longest).expand(len(sequences), -1)

@@ -6,14 +6,13 @@ running its op on `meta`.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .weights import Expression, Weights
 
@@ -106,6 +105,15 @@ def add_weight(
     return node
 
 
+def add_input(traced: TracedGraph, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
+    """A new graph input behind the present ones."""
+    last = [n for n in traced.graph.nodes if n.op == "placeholder"][-1]
+    with traced.graph.inserting_after(last):
+        node = traced.graph.placeholder(name)
+    node.meta = {"val": torch.empty(tuple(shape), dtype=dtype, device="meta"), "source": ""}
+    return node
+
+
 def is_call(argument: Any, *targets: Any) -> bool:
     """Whether the argument is a node that calls one of the targets."""
     return isinstance(argument, fx.Node) and argument.op == "call_function" and argument.target in targets
@@ -117,8 +125,12 @@ def sole_user(node: fx.Node) -> fx.Node | None:
 
 
 def copy_graph(traced: TracedGraph) -> TracedGraph:
-    """A copy that passes may rewrite while the original stays; values of constants are shared."""
-    return TracedGraph(copy.deepcopy(traced.gm), Weights(dict(traced.weights.entries)))
+    """A copy that passes may rewrite while the original stays; values, which no pass writes to, are shared."""
+    graph, root = fx.Graph(), nn.Module()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    for name, value in traced.gm.named_buffers():
+        root.register_buffer(name, value)
+    return TracedGraph(fx.GraphModule(root, graph), Weights(dict(traced.weights.entries)))
 
 
 def drop_unused_weights(traced: TracedGraph) -> None:

@@ -71,30 +71,33 @@ class DumpIR:
     folder: Path
     engine: str
     _count: int = 0
-    _last: str = ""
+    _given: str = ""
 
     def before(self, graph_pass: GraphPass, traced: TracedGraph, ctx: Context) -> None:
-        if not self._last:
-            self._write("traced", traced)
-        self._last = str(traced.gm.code)
+        self._given = ir_text(traced)
+        if self._count == 0:
+            self._write(f"{self.engine}-00-traced.py", self._given)
+        self._count += 1
 
     def after(self, graph_pass: GraphPass, traced: TracedGraph, ctx: Context, outcome: Outcome) -> None:
-        self._count += 1
         if outcome.changed:
-            self._write(graph_pass.name, traced)
+            self._write(f"{self.engine}-{self._count:02d}-{graph_pass.name}.py", ir_text(traced))
 
     def crashed(self, graph_pass: GraphPass, traced: TracedGraph, ctx: Context, error: Exception) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         story = {"pass": graph_pass.name, "context": asdict(ctx), "error": f"{type(error).__name__}: {error}"}
-        text = f'"""{json.dumps(story)}"""\n# The graph that was given to the pass:\n{self._last}'
-        (self.folder / f"{self.engine}-crash-{graph_pass.name}.py").write_text(text)
+        text = f"# {json.dumps(story)}\n# The graph that was given to the pass:\n{self._given}"
+        self._write(f"{self.engine}-crash-{graph_pass.name}.py", text)
 
-    def _write(self, name: str, traced: TracedGraph) -> None:
+    def _write(self, file: str, text: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        shapes = "\n".join(
-            f"# {n.name}: {tuple(n.meta['val'].shape)} {n.meta['val'].dtype}"
-            for n in traced.graph.nodes
-            if hasattr(n.meta.get("val"), "shape")
-        )
-        self._last = str(traced.gm.code)
-        (self.folder / f"{self.engine}-{self._count:02d}-{name}.py").write_text(f"{self._last}\n{shapes}\n")
+        (self.folder / file).write_text(text, encoding="utf-8")
+
+
+def ir_text(traced: TracedGraph) -> str:
+    """The graph as Python, and under it every tensor's shape and dtype."""
+    shapes = [
+        f"# {n.name}: {tuple(n.meta['val'].shape)} {n.meta['val'].dtype}"
+        for n in traced.graph.nodes
+        if hasattr(n.meta.get("val"), "shape")
+    ]
+    return "\n".join([traced.gm.code.strip(), *shapes, ""])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from torch import fx
+
 from ..artifacts.errors import IngotError
 from .base import Context, GraphPass, Outcome
 from .graph import TracedGraph, drop_unused_weights
@@ -64,7 +66,7 @@ def run_passes(
         except IngotError as error:
             _tell(instruments, graph_pass, traced, ctx, error)
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a pass raises is reported under its name
+        except Exception as error:
             _tell(instruments, graph_pass, traced, ctx, error)
             raise PassError(graph_pass.name, ran, f"{type(error).__name__}: {error}") from error
         for instrument in instruments:
@@ -85,7 +87,7 @@ def _settle(traced: TracedGraph, stage: Stage, outcome: Outcome) -> None:
         traced.gm.recompile()
 
 
-def _is_impure(node) -> bool:  # type: ignore[no-untyped-def]
+def _is_impure(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or "cache_write" in str(node.target)
 
 

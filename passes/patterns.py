@@ -131,7 +131,9 @@ def _rest_is_default(node: fx.Node, count: int) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     declared = node.target._schema.arguments[count:]
-    return all(d.has_default_value() and _same(d.default_value, value) for d, value in zip(declared, rest, strict=False))
+    return all(
+        d.has_default_value() and _same(d.default_value, value) for d, value in zip(declared, rest, strict=False)
+    )
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -6,7 +6,7 @@ import enum
 
 from torch import fx
 
-from .graph import TracedGraph, op_name, shape_of
+from .graph import TracedGraph, dtype_of, op_name, shape_of
 
 
 class Stage(enum.IntEnum):
@@ -46,10 +46,10 @@ def _node_violations(node: fx.Node, traced: TracedGraph, stage: Stage) -> list[s
         found.append(f"{node.name} ({name}): node.meta['val'] is missing; insert nodes with passes.graph.emit")
     if node.op == "get_attr" and str(node.target) not in traced.weights.entries:
         found.append(f"{node.name}: weight {node.target!r} has no source; add it with passes.graph.add_weight")
-    if node.op == "get_attr" and str(node.target) in traced.weights.entries:
+    elif node.op == "get_attr" and "val" in node.meta:
         registered = getattr(traced.gm, str(node.target), None)
-        if registered is None or tuple(registered.shape) != shape_of(node):
-            found.append(f"{node.name}: weight {node.target!r} is not registered with the node's shape")
+        if registered is None or (tuple(registered.shape), registered.dtype) != (shape_of(node), dtype_of(node)):
+            found.append(f"{node.name}: weight {node.target!r} is not registered with the node's shape and dtype")
     if any(word == name.split(".")[-1] for word in _ALWAYS_OUT):
         found.append(f"{node.name} ({name}): nothing random may stand in a graph")
     if stage >= Stage.CLEAN and name in _OUT_ONCE_CLEAN:

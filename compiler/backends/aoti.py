@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from ...artifacts.errors import IngotError, ResourceError
+from ...artifacts.errors import IngotError, ResourceError, UsageError
 from ...artifacts.manifest import Buffer, Constant
 from ...passes.graph import TracedGraph
 from ...runtime.ops.schema import SEMANTICS, overload
@@ -107,9 +107,14 @@ def _configs(isa: str) -> dict[str, object]:
         "always_keep_tensor_constants": True,
         # The number of threads is the machine's that runs the engine, not the one's that built it.
         "cpp.dynamic_threads": True,
+        # A parallel region costs microseconds: what a decode step does between products is smaller than that.
+        "cpp.min_chunk_size": 16384,
     }
     if isa == "portable":
         configs["cpp.simdlen"] = 256
+        # Older torch has no such setting and always compiles for the machine at hand.
+        if not hasattr(torch._inductor.config.cpp, "march"):
+            raise UsageError('target.isa = "portable" needs torch 2.13', f"torch is {torch.__version__}", '--set isa=native, or update torch')
         configs["cpp.march"] = "x86-64-v3"
     return configs
 

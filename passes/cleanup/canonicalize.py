@@ -1,4 +1,4 @@
-"""Removes ops that compute nothing and writes the rest in one spelling. The first pass; later ones rely on its forms."""
+"""Removes ops that compute nothing and writes the rest in one spelling, on which all later passes rely."""
 
 from __future__ import annotations
 

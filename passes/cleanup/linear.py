@@ -14,7 +14,6 @@ from ..graph import (
     operands,
     replace,
     shape_of,
-    sole_user,
     source_of,
 )
 from ..stages import Stage
@@ -66,7 +65,7 @@ def _absorb_reshapes(traced: TracedGraph, outcome: Outcome) -> None:
             continue
         linear = operands(node)[0]
         x = operands(linear)[0]
-        if sole_user(linear) is not node or not is_call(x, aten.reshape.default):
+        if len(linear.users) != 1 or not is_call(x, aten.reshape.default):
             continue
         origin = operands(x)[0]
         if shape_of(origin)[-1] != shape_of(x)[-1] or (*shape_of(origin)[:-1], shape_of(linear)[-1]) != shape_of(node):

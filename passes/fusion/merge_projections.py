@@ -7,13 +7,25 @@ from collections import defaultdict
 from torch import fx
 
 from ..base import Context, Outcome
-from ..graph import TracedGraph, add_weight, aten, emit, is_call, shape_of
+from ..graph import (
+    TracedGraph,
+    add_weight,
+    aten,
+    dtype_of,
+    emit,
+    is_call,
+    is_weight,
+    operands,
+    replace,
+    shape_of,
+    source_of,
+)
 from ..stages import Stage
 from ..weights import Concat
 
 
 class MergeProjections:
-    """Query, key and value (and gate and up) projections of one input become one matrix, stacked when weights are written."""
+    """Query, key and value (and gate and up) projections of one input become one matrix, stacked at build."""
 
     name = "merge-projections"
     needs = Stage.CLEAN
@@ -25,61 +37,67 @@ class MergeProjections:
         outcome = Outcome()
         groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in traced.graph.nodes:
-            if is_call(node, aten.linear.default) and node.args[1].op == "get_attr":
-                groups[node.args[0]].append(node)
+            if is_call(node, aten.linear.default) and is_weight(node.args[1]):
+                groups[operands(node)[0]].append(node)
         for x, linears in groups.items():
             if len(linears) < 2:
                 continue
-            first = linears[0]
-            if len({_bias(n) is None for n in linears}) > 1:
-                outcome.miss(first.name, "some of the layers have a bias and some have none")
-                continue
-            if len({n.args[1] for n in linears}) < len(linears) or any(len(n.args[1].users) > 1 for n in linears):
-                outcome.miss(first.name, "a weight is used elsewhere too")
-                continue
-            if len({n.args[1].meta["val"].dtype for n in linears}) > 1:
-                outcome.miss(first.name, "the weights differ in dtype")
+            if reason := _unfit(linears):
+                outcome.miss(linears[0].name, reason)
                 continue
             _merge(traced, x, linears)
             outcome.changed += len(linears)
         return outcome
 
 
+def _weight(linear: fx.Node) -> fx.Node:
+    weight: fx.Node = operands(linear)[1]
+    return weight
+
+
 def _bias(linear: fx.Node) -> fx.Node | None:
-    return linear.args[2] if len(linear.args) > 2 else None  # type: ignore[return-value]
+    return operands(linear)[2] if len(linear.args) > 2 else None
+
+
+def _unfit(linears: list[fx.Node]) -> str:
+    """Why layers of the same input cannot be stacked, or ""."""
+    weights, biases = [_weight(n) for n in linears], [_bias(n) for n in linears]
+    if any(b is None for b in biases) and not all(b is None for b in biases):
+        return "some of the layers have a bias and some have none"
+    if not all(b is None or is_weight(b) for b in biases):
+        return "a bias is computed, not stored"
+    if len(set(weights)) < len(weights) or any(len(w.users) > 1 for w in weights):
+        return "a weight is used elsewhere too"
+    if len({dtype_of(w) for w in weights}) > 1:
+        return "the weights differ in dtype"
+    return ""
 
 
 def _merge(traced: TracedGraph, x: fx.Node, linears: list[fx.Node]) -> None:
-    weights = [n.args[1] for n in linears]
-    biases = [b for n in linears if (b := _bias(n)) is not None]
-    sizes = [shape_of(w)[0] for w in weights]
-    entries = traced.weights.entries
     first = linears[0]
+    sizes = [shape_of(_weight(n))[0] for n in linears]
     with traced.graph.inserting_before(first):
-        merged = add_weight(
-            traced, "__and__".join([str(weights[0].target), *(_leaf(w) for w in weights[1:])]),
-            Concat(tuple(entries[w.target] for w in weights)), (sum(sizes), shape_of(weights[0])[1]), weights[0].meta["val"].dtype,
-        )  # fmt: skip
-        bias = None
-        if biases:
-            bias = add_weight(
-                traced, "__and__".join([str(biases[0].target), *(_leaf(b) for b in biases[1:])]),
-                Concat(tuple(entries[b.target] for b in biases)), (sum(sizes),), biases[0].meta["val"].dtype,
-            )  # fmt: skip
-        product = emit(traced.graph, aten.linear.default, x, merged, bias, source=first.meta.get("source", ""))
-        start, rank = 0, len(shape_of(product))
+        merged = _stacked(traced, [_weight(n) for n in linears])
+        biases = [b for n in linears if (b := _bias(n)) is not None]
+        bias = _stacked(traced, biases) if biases else None
+        product = emit(traced.graph, aten.linear.default, x, merged, bias, source=source_of(first))
+        start, last = 0, len(shape_of(product)) - 1
+        parts = []
         for linear, size in zip(linears, sizes):
-            part = emit(
-                traced.graph,
-                aten.slice.Tensor,
-                product,
-                rank - 1,
-                start,
-                start + size,
-                source=linear.meta.get("source", ""),
-            )
-            linear.replace_all_uses_with(part)
-            start += size
+            stop = start + size
+            part = emit(traced.graph, aten.slice.Tensor, product, last, start, stop, source=source_of(linear))
+            parts.append(part)
+            start = stop
+    for linear, part in zip(linears, parts):
+        replace(linear, part)
+
+
+def _stacked(traced: TracedGraph, weights: list[fx.Node]) -> fx.Node:
+    """One weight with the rows of all, named after all: `…q_proj__weight__and__k_proj__and__v_proj`."""
+    name = "__and__".join([str(weights[0].target), *(_leaf(w) for w in weights[1:])])
+    parts = Concat(tuple(traced.weights.entries[str(w.target)] for w in weights))
+    shape = (sum(shape_of(w)[0] for w in weights), *shape_of(weights[0])[1:])
+    return add_weight(traced, name, parts, shape, dtype_of(weights[0]))
 
 
 def _leaf(weight: fx.Node) -> str:

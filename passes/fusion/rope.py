@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from ...runtime.ops.schema import overload
 from ..base import Context, Outcome
-from ..graph import TracedGraph, aten, emit, is_call, shape_of
-from ..patterns import match, op, var
+from ..graph import TracedGraph, aten, dtype_of, emit, is_call, replace, shape_of, source_of
+from ..patterns import Bindings, match, number, op, tensor, var
 from ..stages import Stage
 
-_LOW = op(aten.slice.Tensor, var("x"), 3, 0, var("half"))
-_HIGH = op(aten.slice.Tensor, var("x"), 3, var("half"), var("width"))
-_ROPE = op(
-    aten.add.Tensor,
-    op(aten.mul.Tensor, var("x"), var("cos"), commutes=True),
-    op(aten.mul.Tensor, op(aten.cat.default, var("halves"), -1), var("sin"), commutes=True),
-    commutes=True,
+
+def _rotation(x_low: object, x_high: object) -> object:
+    """x * cos + cat(-high, low) * sin."""
+    halves = [op(aten.neg.default, x_high), x_low]
+    last = var("dim", lambda dim: dim in (-1, 3))
+    return op(
+        aten.add.Tensor,
+        op(aten.mul.Tensor, tensor("x"), tensor("cos"), commutes=True),
+        op(aten.mul.Tensor, op(aten.cat.default, halves, last), tensor("sin"), commutes=True),
+        commutes=True,
+    )
+
+
+_ROPE = _rotation(
+    op(aten.slice.Tensor, var("x"), 3, 0, number("half")),
+    op(aten.slice.Tensor, var("x"), 3, number("half"), number("width")),
 )
+_NEAR = _rotation(tensor("low"), tensor("high"))
 
 
 class FuseRoPE:
@@ -27,29 +39,35 @@ class FuseRoPE:
     exact = True
 
     def run(self, traced: TracedGraph, ctx: Context) -> Outcome:
-        """Match from the sum; partial and interleaved rotations are near misses."""
+        """Match from the sum; other rotations are near misses."""
         outcome = Outcome()
         for node in list(traced.graph.nodes):
             if not is_call(node, aten.add.Tensor) or len(shape_of(node)) != 4:
                 continue
             found = match(_ROPE, node)
-            if not found or not isinstance(found["halves"], list | tuple) or len(found["halves"]) != 2:
+            if found is None:
+                if match(_NEAR, node):
+                    outcome.miss(node.name, "what it turns are not the two halves of the value")
                 continue
-            x, cos, sin, (turned, low) = found["x"], found["cos"], found["sin"], found["halves"]
-            first = match(_LOW, low)
-            second = match(op(aten.neg.default, _HIGH), turned)
-            if not first or not second or first["x"] is not x or second["x"] is not x:
-                outcome.miss(node.name, "its halves are not those of the rotated value")
+            if reason := _unfit(node, found):
+                outcome.miss(node.name, reason)
                 continue
-            width = shape_of(x)[3]
-            if (first["half"], second["half"], second["width"]) != (width // 2, width // 2, width):
-                outcome.miss(node.name, "only a part of the head is rotated, or not by halves")
-                continue
-            if shape_of(node) != shape_of(x) or cos.meta["val"].dtype != x.meta["val"].dtype:
-                outcome.miss(node.name, "the tables change the shape or the dtype")
-                continue
+            x, cos, sin = found["x"], found["cos"], found["sin"]
             with traced.graph.inserting_before(node):
-                new = emit(traced.graph, overload("rotate_half"), x, cos, sin, source=node.meta.get("source", ""))
-            node.replace_all_uses_with(new)
+                new = emit(traced.graph, overload("rotate_half"), x, cos, sin, source=source_of(node))
+            replace(node, new)
             outcome.changed += 1
         return outcome
+
+
+def _unfit(node: fx.Node, found: Bindings) -> str:
+    """Why a rotation is not the op's, or ""."""
+    x, cos, sin = found["x"], found["cos"], found["sin"]
+    width = shape_of(x)[3]
+    if (found["half"] * 2, found["width"]) != (width, width):
+        return "only a part of the head is rotated, or not by halves"
+    if shape_of(node) != shape_of(x):
+        return "the tables change its shape"
+    if dtype_of(cos) != dtype_of(x) or dtype_of(sin) != dtype_of(x):
+        return "the tables have another dtype"
+    return ""

@@ -1,4 +1,4 @@
-"""Chooses, per target, which ops are served by Ingot's own kernels and which are left to the back end's code generator."""
+"""Chooses, per target, which ops Ingot's own kernels serve and which are left to the back end's code generator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from ...runtime.ops.schema import overload
 from ..base import Context, Outcome
-from ..graph import TracedGraph, aten, emit, is_call
+from ..graph import TracedGraph, aten, dtype_of, emit, is_call, is_weight, operands, replace, source_of
 from ..stages import Stage
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,16 +26,15 @@ class SelectKernels:
         if ctx.device != "cpu":
             return outcome
         for node in [n for n in traced.graph.nodes if is_call(n, aten.linear.default)]:
-            weight = node.args[1]
-            if weight.op != "get_attr" or weight.meta["val"].dtype not in _KERNEL_DTYPES:
-                outcome.miss(node.name, "its weight is computed" if weight.op != "get_attr" else "no kernel for its dtype")
+            x, weight, bias = (*operands(node), None)[:3]
+            if not is_weight(weight):
+                outcome.miss(node.name, "its weight is computed")
                 continue
-            bias = node.args[2] if len(node.args) > 2 else None
+            if dtype_of(weight) not in _KERNEL_DTYPES:
+                outcome.miss(node.name, "no kernel for its dtype")
+                continue
             with traced.graph.inserting_before(node):
-                new = emit(
-                    traced.graph, overload("linear_dense"), node.args[0], weight, bias, source=node.meta.get("source", "")
-                )
-            node.replace_all_uses_with(new)
-            traced.graph.erase_node(node)
+                new = emit(traced.graph, overload("linear_dense"), x, weight, bias, source=source_of(node))
+            replace(node, new)
             outcome.changed += 1
         return outcome

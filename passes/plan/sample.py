@@ -7,12 +7,16 @@ from torch import fx
 
 from ...runtime.ops.schema import overload
 from ..base import Context, Outcome
-from ..graph import TracedGraph, aten, emit, is_call
+from ..graph import TracedGraph, add_input, aten, emit, operands
 from ..stages import Stage
 
 SAMPLING_INPUTS = (
-    ("temperature", torch.float32), ("top_k", torch.int32), ("top_p", torch.float32), ("min_p", torch.float32), ("seeds", torch.int64),
-)  # fmt: skip
+    ("temperature", torch.float32),
+    ("top_k", torch.int32),
+    ("top_p", torch.float32),
+    ("min_p", torch.float32),
+    ("seeds", torch.int64),
+)
 
 
 class SampleTokens:
@@ -27,17 +31,11 @@ class SampleTokens:
         """The random counter of a row is the position whose logits it samples from."""
         graph = traced.graph
         output = next(n for n in graph.nodes if n.op == "output")
-        logits = output.args[0]
+        logits = operands(output)[0]
         if not isinstance(logits, fx.Node):
             return Outcome()
         named = {n.target: n for n in graph.nodes if n.op == "placeholder"}
-        inputs = []
-        for name, dtype in SAMPLING_INPUTS:
-            last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-            with graph.inserting_after(last):
-                node = graph.placeholder(name)
-            node.meta = {"val": torch.empty(ctx.batch, dtype=dtype, device="meta"), "source": ""}
-            inputs.append(node)
+        inputs = [add_input(traced, name, (ctx.batch,), dtype) for name, dtype in SAMPLING_INPUTS]
         with graph.inserting_before(output):
             counter = named["positions"]
             if ctx.length > 1:
@@ -47,8 +45,3 @@ class SampleTokens:
             tokens = emit(graph, overload("sample"), logits, *inputs, counter)
         output.args = ((tokens, logits),)
         return Outcome(changed=1)
-
-
-def has_sampler(traced: TracedGraph) -> bool:
-    """Whether the graph samples."""
-    return any(is_call(n, overload("sample")) for n in traced.graph.nodes)

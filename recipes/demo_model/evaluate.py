@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 STORY_PROMPTS = [
     "Once upon a time",
@@ -60,7 +61,7 @@ def exact_match(
         output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     wrong = [
-        text
+        f"{text.strip()} (not {item['answer']})"
         for text, item in zip(answers, items, strict=True)
         if text.strip() != item["answer"]
     ]
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     torch.manual_seed(0)
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     lines = (options.folder / "task.jsonl").read_text().splitlines()
     items = [json.loads(line) for line in lines]

@@ -4,7 +4,7 @@ One command makes everything anew (tokenizer, weights, held-out task, report):
 
     python recipes/demo_model/train.py --out DIR
 
-It runs on one CPU core in about half an hour; training is seeded.
+It runs on one CPU core in about 40 minutes; training is seeded.
 """
 
 from __future__ import annotations

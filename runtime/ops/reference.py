@@ -14,7 +14,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
-    """Scaled, soft-capped scores in float32: q [B,H,T,D], k [B,Hkv,S,D] -> [B,H,T,S]; q heads share k heads in groups."""
+    """Scaled, soft-capped scores in float32: q [B,H,T,D], k [B,Hkv,S,D] -> [B,H,T,S]; groups of q heads share k."""
     groups = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(groups, dim=1) if groups > 1 else k
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
@@ -22,7 +22,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
 
 
 def _mix_values(scores: Tensor, visible: Tensor, v: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Softmax over visible keys (and the sink) and the weighted sum of values -> [B,T,H,Dv]; rows that see nothing give 0."""
+    """Softmax over visible keys (and the sink), weighted sum of values -> [B,T,H,Dv]; who sees nothing gets 0."""
     scores = scores.masked_fill(~visible, float("-inf"))
     top = scores.amax(-1, keepdim=True)
     if sinks is not None:
@@ -44,7 +44,8 @@ def attention(
     """Causal attention of a whole sequence without a cache.
 
     Args:
-        q: [batch, heads, length, head_dim]; k: [batch, kv_heads, length, head_dim]; v: [batch, kv_heads, length, v_dim].
+        q: [batch, heads, length, head_dim]; k: [batch, kv_heads, length, head_dim];
+        v: [batch, kv_heads, length, v_dim].
         layer: index of the layer, for the passes; does not change the result.
         window: 0 sees everything before; else a token at p sees keys in (p - window, p].
         softcap: 0 is off; else scores become softcap * tanh(scores / softcap).
@@ -99,7 +100,7 @@ def paged_attention(
 
 
 def cache_slots(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Slot of every token in the flattened cache, [batch * length] int64; padding (-1) goes to the null block's slot 0."""
+    """Slot of every token in the flattened cache, [batch * length] int64; padding (-1) goes to the null block."""
     known = positions.clamp(min=0)
     block = torch.gather(block_tables.long(), 1, known // block_size)
     slots = block * block_size + known % block_size
@@ -137,9 +138,42 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, narrow_first:
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if narrow_first:
-        return (weight + offset if offset else weight) * normed.to(x.dtype)
-    return (normed * (weight.float() + offset)).to(x.dtype)
+    weight = weight if narrow_first else weight.float()
+    weight = weight + offset if offset else weight
+    return weight * normed.to(x.dtype) if narrow_first else (normed * weight).to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, narrow_first: bool
+) -> tuple[Tensor, Tensor]:
+    """x + residual in their dtype, and the `rms_norm` of this (rounded) sum."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps, offset, narrow_first)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + residual in their dtype, and the layer norm over the last dimension of this (rounded) sum."""
+    total = x + residual
+    return total, torch.nn.functional.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
+def gated_activation(x: Tensor, kind: str, gate_first: bool) -> Tensor:
+    """act(gate) * up of the two halves of x [..., 2 * n] -> [..., n], each step rounded to x's dtype.
+
+    Args:
+        kind: "silu", "relu", "gelu" or "gelu_tanh"; gate_first: whether gate is the first half.
+    """
+    first, second = x.chunk(2, -1)
+    gate, up = (first, second) if gate_first else (second, first)
+    if kind == "silu":
+        return torch.nn.functional.silu(gate) * up
+    if kind == "relu":
+        return torch.relu(gate) * up
+    if kind in ("gelu", "gelu_tanh"):
+        return torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none") * up
+    raise ValueError(f"gated_activation knows no {kind!r}")
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -159,7 +193,7 @@ def _mix32(x: Tensor) -> Tensor:
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
-    """Gumbel noise [batch, vocabulary] float32 that depends on each row's seed and position alone (a counter-based RNG)."""
+    """Gumbel noise [batch, vocabulary] float32, a function of each row's seed and position alone."""
     low, high = seeds & _MASK32, (seeds >> 32) & _MASK32
     row = _mix32((low + _GOLDEN) & _MASK32)
     row = _mix32(row ^ high)
@@ -194,7 +228,8 @@ def sample(
     order = order.masked_fill(order < kth, float("-inf"))
     mass = order.softmax(-1)
     # The smallest set whose sum reaches top_p: a token stays while the mass before it has not yet reached it.
-    needed = (mass.cumsum(-1) - mass) < top_p[:, None]
+    # The likeliest always stays, also where top_p is so small that float32 makes it zero.
+    needed = (mass.cumsum(-1) - mass) < top_p.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     last = order.masked_fill(~needed, float("inf")).amin(-1, keepdim=True)
     kept = kept & ((z >= last) | (top_p >= 1)[:, None])
     noisy = (z + gumbel_noise(seeds, positions, z.shape[1])).masked_fill(~kept, float("-inf"))

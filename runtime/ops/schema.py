@@ -1,7 +1,7 @@
 """Registers Ingot's ops with PyTorch: schema, shapes (for tracing on `meta`) and the reference semantics.
 
 Importing this module once is what makes `torch.ops.ingot.*` exist. Passes and back ends refer to the ops by these
-schemas; `PURE` and `MUTATING` are the whole dialect.
+schemas; `_OPS` is the whole dialect. All of them are pure but `cache_write`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ _LIBRARY = torch.library.Library("ingot", "DEF")
 
 def _attention_shape(q: Tensor, v_like: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_like.shape[-1])
+
+
+def _sum_and_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.empty_like(x + residual)
+    return total, torch.empty_like(total)
 
 
 _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
@@ -61,6 +66,21 @@ _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
         "(Tensor x, Tensor weight, float eps, float offset, bool narrow_first) -> Tensor",
         reference.rms_norm,
         lambda x, weight, eps, offset, narrow_first: torch.empty_like(x),
+    ),
+    "add_rms_norm": (
+        "(Tensor x, Tensor residual, Tensor weight, float eps, float offset, bool narrow_first) -> (Tensor, Tensor)",
+        reference.add_rms_norm,
+        lambda x, residual, weight, eps, offset, narrow_first: _sum_and_norm(x, residual),
+    ),
+    "add_layer_norm": (
+        "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+        reference.add_layer_norm,
+        lambda x, residual, weight, bias, eps: _sum_and_norm(x, residual),
+    ),
+    "gated_activation": (
+        "(Tensor x, str kind, bool gate_first) -> Tensor",
+        reference.gated_activation,
+        lambda x, kind, gate_first: x.new_empty(*x.shape[:-1], x.shape[-1] // 2),
     ),
     "rotate_half": (
         "(Tensor x, Tensor cos, Tensor sin) -> Tensor",

@@ -216,7 +216,6 @@ def test_a_file_is_no_model(minimal: Path) -> None:
         ("[gate.budgets]\ntop1 = 1.5\n", "gate.budgets.top1"),
         ("[gate.budgets]\nmean_kl = -inf\n", "gate.budgets.mean_kl"),
         ("[target]\ndevice = 'tpu'\n", "target.device"),
-        ("[target]\nthreads = 100000\n", "target.threads"),
     ],
 )
 def test_wrong_values_name_file_and_key(tmp_path: Path, body: str, key: str) -> None:

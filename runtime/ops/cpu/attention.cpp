@@ -5,7 +5,7 @@
 // spans of 256 keys at fixed positions, which run in parallel and are merged in order. So a query's result does not
 // depend on its batch, on the other queries of its chunk, or on the number of threads; only decode and prefill may
 // differ by rounding.
-#include "attention.h"
+#include "attention_decode.h"
 
 namespace ingot {
 namespace {
@@ -13,7 +13,10 @@ namespace {
 constexpr int64_t kTileRows = 64;  // query rows per task in prefill: they share every key tile that is widened
 constexpr int64_t kFewRows = 16;   // up to here, and for one token a row, the context is cut instead
 constexpr int64_t kSpan = 256;
+constexpr int64_t kMaxTogether = 8;  // KV heads per task of decode
 
+struct KeptTag {};
+struct TileTag {};
 struct PartialTag {};
 struct SinkTag {};
 
@@ -48,23 +51,43 @@ std::pair<int64_t, int64_t> union_of_rows(const Rows& rows) {
 }
 
 // Decode: every (batch entry, KV head, span) leaves a partial softmax; partials are merged in the order of the spans.
+// A task takes one span for as many KV heads as leaves all threads something to do, since together they read memory in
+// one run.
 template <class T>
 void run_spans(const Call& c, int64_t longest, int64_t bytes) {
   const int64_t rows_each = c.length * c.groups, spans = std::max<int64_t>(1, (longest + kSpan - 1) / kSpan);
   const int64_t stride = c.v_pad + 2;  // acc, top, sum
   float* partials = scratch<PartialTag>(c.batch * c.kv_heads * spans * rows_each * stride);
-  parallel_for(c.batch * c.kv_heads * spans, bytes, [&](int64_t task) {
-    const int64_t b = task / spans / c.kv_heads, kv_head = task / spans % c.kv_heads, span = task % spans;
-    Rows rows;
-    load_rows(c, b, kv_head, 0, c.length, rows);
-    const auto [first, last] = union_of_rows(rows);
+  int64_t together = std::min<int64_t>(c.kv_heads, kMaxTogether);
+  while (together > 1 && c.batch * spans * (c.kv_heads / together) < 2 * omp_get_max_threads()) together /= 2;
+  const int64_t parts = (c.kv_heads + together - 1) / together;
+  parallel_for(c.batch * spans * parts, bytes, [&](int64_t task) {
+    const int64_t b = task / parts / spans, span = task / parts % spans;
+    const int64_t h0 = task % parts * together, h1 = std::min(c.kv_heads, h0 + together), heads = h1 - h0;
+    float* kept = scratch<KeptTag>(heads * kept_floats(c, rows_each));
+    float* tile = scratch<TileTag>(heads * tile_floats(c, rows_each));
+    Rows rows[kMaxTogether];
+    for (int64_t h = 0; h < heads; ++h) {
+      load_rows(c, b, h0 + h, 0, c.length, rows[h], kept + h * kept_floats(c, rows_each),
+                tile + h * tile_floats(c, rows_each));
+    }
+    const auto [first, last] = union_of_rows(rows[0]);
     const int64_t from = std::max(first, span * kSpan), to = std::min(last, (span + 1) * kSpan);
-    if (from < to) attend<T>(c, b, kv_head, rows, from, to);
-    float* part = partials + task * rows_each * stride;
-    for (int64_t r = 0; r < rows_each; ++r, part += stride) {
-      std::copy(rows.acc + r * c.v_pad, rows.acc + (r + 1) * c.v_pad, part);
-      part[c.v_pad] = rows.top[r];
-      part[c.v_pad + 1] = rows.sum[r];
+    for (int64_t base = from / kKeys * kKeys; base < to; base += kKeys) {
+      if (one_token(c)) {
+        attend_together<T>(c, b, h0, heads, rows, base, from, to);
+      } else {
+        for (int64_t h = h0; h < h1; ++h) attend<T>(c, b, h, rows[h - h0], base, from, to);
+      }
+    }
+    for (int64_t h = h0; h < h1; ++h) {
+      const Rows& done = rows[h - h0];
+      float* part = partials + ((b * c.kv_heads + h) * spans + span) * rows_each * stride;
+      for (int64_t r = 0; r < rows_each; ++r, part += stride) {
+        std::copy(done.acc + r * c.v_pad, done.acc + (r + 1) * c.v_pad, part);
+        part[c.v_pad] = done.top[r];
+        part[c.v_pad + 1] = done.sum[r];
+      }
     }
   });
   parallel_for(c.batch * c.kv_heads, c.batch * c.kv_heads * spans * rows_each * stride * 4, [&](int64_t task) {
@@ -95,9 +118,10 @@ void run_tiles(const Call& c, int64_t bytes) {
     const int64_t b = task % (c.batch * c.kv_heads) / c.kv_heads, kv_head = task % c.kv_heads;
     const int64_t t0 = tile * step, t1 = std::min(c.length, t0 + step);
     Rows rows;
-    load_rows(c, b, kv_head, t0, t1, rows);
+    const int64_t count = (t1 - t0) * c.groups;
+    load_rows(c, b, kv_head, t0, t1, rows, scratch<KeptTag>(kept_floats(c, count)), scratch<TileTag>(tile_floats(c, count)));
     const auto [from, to] = union_of_rows(rows);
-    if (from < to) attend<T>(c, b, kv_head, rows, from, to);
+    for (int64_t base = from / kKeys * kKeys; base < to; base += kKeys) attend<T>(c, b, kv_head, rows, base, from, to);
     for (int64_t r = 0; r < rows.count; ++r) {
       write_row(c, b, t0 + r / c.groups, kv_head * c.groups + r % c.groups, rows.acc + r * c.v_pad, rows.top[r],
                 rows.sum[r]);

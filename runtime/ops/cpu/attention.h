@@ -34,6 +34,15 @@ struct Call {
   int64_t block(int64_t b, int64_t index) const {
     return tables.as<int32_t>()[b * tables.strides[0] + index * tables.strides[1]];
   }
+  // Key and value of KV head 0 at a position of row b.
+  template <class T>
+  const T* key(int64_t b, int64_t p) const {
+    return k.as<T>() + block(b, p / block_size) * k.strides[0] + p % block_size * k.strides[1];
+  }
+  template <class T>
+  const T* value(int64_t b, int64_t p) const {
+    return v.as<T>() + block(b, p / block_size) * v.strides[0] + p % block_size * v.strides[1];
+  }
   // The keys [first, second) that a token at position p may see.
   std::pair<int64_t, int64_t> visible(int64_t p) const {
     if (p < 0) return {0, 0};
@@ -49,22 +58,17 @@ struct Rows {
   float top[kMaxRows], sum[kMaxRows];
 };
 
-struct AttentionTag {};
-
-template <class T>
-inline void widen(const T* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = to_float(from[i]);
-}
+// Floats that the rows of one KV head keep, and that are used tile by tile and may serve several heads.
+inline int64_t kept_floats(const Call& c, int64_t count) { return count * (c.dim + c.v_pad); }
+inline int64_t tile_floats(const Call& c, int64_t count) { return count * kKeys + kKeys * (c.dim + c.v_pad); }
 
 // Rows (position t, head of the group g), g fastest: rows that stand together see the same keys.
-inline void load_rows(const Call& c, int64_t b, int64_t kv_head, int64_t t0, int64_t t1, Rows& rows) {
+inline void load_rows(const Call& c, int64_t b, int64_t kv_head, int64_t t0, int64_t t1, Rows& rows, float* kept,
+                      float* tile) {
   rows.count = (t1 - t0) * c.groups;
-  float* memory = scratch<AttentionTag>(rows.count * (c.dim + c.v_pad + kKeys) + kKeys * (c.dim + c.v_pad));
-  rows.q = memory;
+  rows.q = kept;
   rows.acc = rows.q + rows.count * c.dim;
-  rows.scores = rows.acc + rows.count * c.v_pad;
+  rows.scores = tile;
   rows.keys = rows.scores + rows.count * kKeys;
   rows.values = rows.keys + kKeys * c.dim;
   std::fill(rows.acc, rows.acc + rows.count * c.v_pad, 0.0f);
@@ -112,9 +116,11 @@ inline void soften(const Call& c, Rows& rows, int64_t r, int64_t a, int64_t b) {
   }
 }
 
-// acc[m] += weights[m, a..b) times values[a..b), for MR rows and NV vectors of the value dimension.
+// acc[m] += weights[m, a..b) times values[a..b), for MR rows and NV vectors of the value dimension; a head's values lie
+// `head` elements after the given pointers.
 template <int MR, int NV, class T>
-void mix(float* acc, int64_t ld, const float* weights, const T* const* values, int64_t d, int64_t a, int64_t b) {
+void mix(float* acc, int64_t ld, const float* weights, const T* const* values, int64_t head, int64_t d, int64_t a,
+         int64_t b) {
   vf sums[MR][NV];
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m)
@@ -123,7 +129,7 @@ void mix(float* acc, int64_t ld, const float* weights, const T* const* values, i
   for (int64_t key = a; key < b; ++key) {
     vf value[NV];
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) value[n] = load(values[key] + d + n * W);
+    for (int n = 0; n < NV; ++n) value[n] = load(values[key] + head + d + n * W);
 #pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
       const vf weight = splat(weights[m * kKeys + key]);
@@ -138,11 +144,11 @@ void mix(float* acc, int64_t ld, const float* weights, const T* const* values, i
 }
 
 template <int MR, class T>
-void mix_all(float* acc, int64_t ld, const float* weights, const T* const* values, int64_t a, int64_t b) {
+void mix_all(float* acc, int64_t ld, const float* weights, const T* const* values, int64_t head, int64_t a, int64_t b) {
   if (a >= b) return;
   int64_t d = 0;
-  for (; d + 2 * W <= ld; d += 2 * W) mix<MR, 2>(acc, ld, weights, values, d, a, b);
-  for (; d < ld; d += W) mix<MR, 1>(acc, ld, weights, values, d, a, b);
+  for (; d + 2 * W <= ld; d += 2 * W) mix<MR, 2>(acc, ld, weights, values, head, d, a, b);
+  for (; d < ld; d += W) mix<MR, 1>(acc, ld, weights, values, head, d, a, b);
 }
 
 // One tile: scores, softmax, weighted values, for keys in columns [low, high).
@@ -164,51 +170,43 @@ void attend_tile(const Call& c, Rows& rows, const T* const* keys, const T* const
     std::fill(scores, scores + n * kKeys, 0.0f);
     const float* q = rows.q + r0 * c.dim;
     int64_t key = from;
-    for (; key + 3 <= to; key += 3) rows_times<3>(q, c.dim, n, keys + key, c.dim, scores + key, kKeys);
+    for (; key + kColumns <= to; key += kColumns) rows_times<kColumns>(q, c.dim, n, keys + key, c.dim, scores + key, kKeys);
     for (; key < to; ++key) rows_times<1>(q, c.dim, n, keys + key, c.dim, scores + key, kKeys);
     for (int64_t i = 0; i < n; ++i) if (a[i] < b[i]) soften(c, rows, r0 + i, a[i], b[i]);
     float* acc = rows.acc + r0 * c.v_pad;
     if (n == 4 && start < stop) {
       // Keys that all four see go together; the ragged ends, row by row, keep every row's keys in order.
-      for (int64_t i = 0; i < 4; ++i) mix_all<1>(acc + i * c.v_pad, c.v_pad, scores + i * kKeys, values, a[i], start);
-      mix_all<4>(acc, c.v_pad, scores, values, start, stop);
-      for (int64_t i = 0; i < 4; ++i) mix_all<1>(acc + i * c.v_pad, c.v_pad, scores + i * kKeys, values, stop, b[i]);
+      for (int64_t i = 0; i < 4; ++i) mix_all<1>(acc + i * c.v_pad, c.v_pad, scores + i * kKeys, values, 0, a[i], start);
+      mix_all<4>(acc, c.v_pad, scores, values, 0, start, stop);
+      for (int64_t i = 0; i < 4; ++i) mix_all<1>(acc + i * c.v_pad, c.v_pad, scores + i * kKeys, values, 0, stop, b[i]);
     } else {
-      for (int64_t i = 0; i < n; ++i) mix_all<1>(acc + i * c.v_pad, c.v_pad, scores + i * kKeys, values, a[i], b[i]);
+      for (int64_t i = 0; i < n; ++i) mix_all<1>(acc + i * c.v_pad, c.v_pad, scores + i * kKeys, values, 0, a[i], b[i]);
     }
   }
 }
 
-// All keys in [from, to) for the rows of one batch entry and KV head.
+// One tile, keys [max(base, from), min(base + kKeys, to)), for the rows of one batch entry and KV head.
 template <class T>
-void attend(const Call& c, int64_t b, int64_t kv_head, Rows& rows, int64_t from, int64_t to) {
-  const bool direct = rows.count <= kDirectRows && c.v_dim == c.v_pad;
+void attend(const Call& c, int64_t b, int64_t kv_head, Rows& rows, int64_t base, int64_t from, int64_t to) {
+  const int64_t low = std::max<int64_t>(0, from - base), high = std::min(kKeys, to - base);
   const T *keys[kKeys], *values[kKeys];
-  const float *wide_keys[kKeys], *wide_values[kKeys];
-  for (int64_t base = from / kKeys * kKeys; base < to; base += kKeys) {
-    const int64_t low = std::max<int64_t>(0, from - base), high = std::min(kKeys, to - base);
-    for (int64_t i = low; i < high; ++i) {
-      const int64_t index = (base + i) / c.block_size, at = (base + i) % c.block_size, block = c.block(b, index);
-      keys[i] = c.k.as<T>() + block * c.k.strides[0] + at * c.k.strides[1] + kv_head * c.k.strides[2];
-      values[i] = c.v.as<T>() + block * c.v.strides[0] + at * c.v.strides[1] + kv_head * c.v.strides[2];
-      // A head's rows are short and far apart, which hardware prefetchers do not follow.
-      for (int64_t line = 0; line < c.dim * int64_t(sizeof(T)); line += 64) __builtin_prefetch((const char*)keys[i] + line);
-      for (int64_t line = 0; line < c.v_dim * int64_t(sizeof(T)); line += 64)
-        __builtin_prefetch((const char*)values[i] + line, 0, 2);
-    }
-    if (direct) {
-      attend_tile(c, rows, keys, values, base, low, high);
-      continue;
-    }
-    for (int64_t i = low; i < high; ++i) {
-      wide_keys[i] = rows.keys + i * c.dim;
-      wide_values[i] = rows.values + i * c.v_pad;
-      widen(keys[i], c.dim, rows.keys + i * c.dim);
-      widen(values[i], c.v_dim, rows.values + i * c.v_pad);
-      std::fill(rows.values + i * c.v_pad + c.v_dim, rows.values + (i + 1) * c.v_pad, 0.0f);
-    }
-    attend_tile(c, rows, wide_keys, wide_values, base, low, high);
+  for (int64_t i = low; i < high; ++i) {
+    keys[i] = c.key<T>(b, base + i) + kv_head * c.k.strides[2];
+    values[i] = c.value<T>(b, base + i) + kv_head * c.v.strides[2];
   }
+  if (rows.count <= kDirectRows && c.v_dim == c.v_pad) {
+    attend_tile(c, rows, keys, values, base, low, high);
+    return;
+  }
+  const float *wide_keys[kKeys], *wide_values[kKeys];
+  for (int64_t i = low; i < high; ++i) {
+    wide_keys[i] = rows.keys + i * c.dim;
+    wide_values[i] = rows.values + i * c.v_pad;
+    widen(keys[i], c.dim, rows.keys + i * c.dim);
+    widen(values[i], c.v_dim, rows.values + i * c.v_pad);
+    std::fill(rows.values + i * c.v_pad + c.v_dim, rows.values + (i + 1) * c.v_pad, 0.0f);
+  }
+  attend_tile(c, rows, wide_keys, wide_values, base, low, high);
 }
 
 }  // namespace ingot

@@ -10,11 +10,11 @@
 namespace ingot {
 namespace {
 
-constexpr int64_t kFewRows = 4;            // up to here weights are converted in registers
+constexpr int64_t kFewRows = 8;            // up to here weights are converted in registers
 constexpr int64_t kRowBlock = 128;         // input rows per task with many rows: their partial sums stay in L2
-constexpr int64_t kPanel = 48;             // weight rows per panel: 48 * kBlockK floats are 192 KiB of L2
+constexpr int64_t kStrip = 4;              // input rows that pass over a panel together
+constexpr int64_t kPanel = 48;             // weight rows per panel: 48 * kBlockK floats are 96 KiB of L2
 constexpr int64_t kStreamBytes = 96 << 10; // weight bytes per task with few rows: long enough for the prefetchers
-constexpr int kColumns = W == 16 ? 4 : 3;  // weight rows per tile with four input rows: what the registers hold
 
 struct PanelTag {};
 struct SumsTag {};
@@ -30,14 +30,14 @@ struct Problem {
 };
 
 // Adds a block of k columns for input rows [0, m) and `count` weight rows that lie `ldw` apart.
-template <int NR, class T>
+template <int NR, bool Ahead = false, class T>
 inline void panel_times(const float* x, int64_t ldx, int64_t m, const T* w, int64_t ldw, int64_t count, int64_t k,
-                        float* sums, int64_t ld) {
+                        float* sums, int64_t ld, int64_t ahead = 0) {
   int64_t column = 0;
   for (; column + NR <= count; column += NR) {
     const T* rows[NR];
     for (int n = 0; n < NR; ++n) rows[n] = w + (column + n) * ldw;
-    rows_times<NR>(x, ldx, m, rows, k, sums + column, ld);
+    rows_times<NR, Ahead>(x, ldx, m, rows, k, sums + column, ld, ahead);
   }
   for (; column < count; ++column) {
     const T* row = w + column * ldw;
@@ -46,37 +46,52 @@ inline void panel_times(const float* x, int64_t ldx, int64_t m, const T* w, int6
 }
 
 template <class O>
-void finish_as(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const float* sums, int64_t ld) {
-  O* out = static_cast<O*>(p.out);
-  for (int64_t m = m0; m < m1; ++m) {
-    for (int64_t n = n0; n < n1; ++n) {
-      float y = sums[(m - m0) * ld + n - n0];
-      if (p.scale) y *= p.scale[n];
-      if (p.bias) y += p.bias[n];
-      from_float(y, out + m * p.n + n);
-    }
+void finish_as(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums, int64_t ld) {
+  const int64_t count = n1 - n0;
+  for (int64_t m = m0; m < m1; ++m, sums += ld) {
+    if (p.scale) for (int64_t i = 0; i < count; ++i) sums[i] *= p.scale[n0 + i];
+    if (p.bias) for (int64_t i = 0; i < count; ++i) sums[i] += p.bias[n0 + i];
+    O* out = static_cast<O*>(p.out) + m * p.n + n0;
+    for (int64_t i = 0; i < count; ++i) from_float(sums[i], out + i);
   }
 }
 
-void finish(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const float* sums, int64_t ld) {
+// Scale, bias and rounding to the output's type, for a rectangle of sums.
+void finish(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums, int64_t ld) {
   if (p.out_type == kFloat32) finish_as<float>(p, m0, m1, n0, n1, sums, ld);
   else if (p.out_type == kBFloat16) finish_as<bfloat16>(p, m0, m1, n0, n1, sums, ld);
   else finish_as<float16>(p, m0, m1, n0, n1, sums, ld);
 }
 
-// All of k for a handful of rows and `count` weight rows from n0 on, four weight rows (streams) at a time.
+// All of k for a handful of rows and weight rows [n0, n1), four weight rows (streams) at a time.
 template <class T>
 void stream_weights(const Problem& p, const T* w, int64_t n0, int64_t n1) {
-  constexpr int64_t group = 4;
-  for (int64_t n = n0; n < n1; n += group) {
-    const int64_t count = std::min(group, n1 - n);
-    float sums[kFewRows * group] = {};
-    for (int64_t k = 0; k < p.k; k += kBlockK) {
-      const int64_t block = std::min(kBlockK, p.k - k);
-      if (p.m < kFewRows) panel_times<4>(p.x + k, p.k, p.m, w + n * p.k + k, p.k, count, block, sums, group);
-      else panel_times<2>(p.x + k, p.k, p.m, w + n * p.k + k, p.k, count, block, sums, group);
+  constexpr int64_t streams = 4, strip = 64;
+  const int64_t ahead = streams * p.k * int64_t(sizeof(T));  // the next rows; past the end it does no harm
+  for (int64_t s0 = n0; s0 < n1; s0 += strip) {
+    const int64_t s1 = std::min(n1, s0 + strip);
+    float sums[kFewRows * strip];
+    std::fill(sums, sums + p.m * strip, 0.0f);
+    for (int64_t n = s0; n < s1; n += streams) {
+      const int64_t count = std::min(streams, s1 - n);
+      for (int64_t k = 0; k < p.k; k += kBlockK) {
+        const int64_t block = std::min(kBlockK, p.k - k);
+        const T* rows = w + n * p.k + k;
+        float* to = sums + n - s0;
+        if (p.m <= 2) panel_times<4, true>(p.x + k, p.k, p.m, rows, p.k, count, block, to, strip, ahead);
+        else panel_times<kColumns, true>(p.x + k, p.k, p.m, rows, p.k, count, block, to, strip, ahead);
+      }
     }
-    finish(p, 0, p.m, n, n + count, sums, group);
+    finish(p, 0, p.m, s0, s1, sums, strip);
+  }
+}
+
+// A panel that lies in L2 against input rows [m0, m1), a few at a time: those stay in L1 for the whole panel.
+void multiply_panel(const Problem& p, int64_t m0, int64_t m1, int64_t k, const float* panel, int64_t ld, int64_t count,
+                    int64_t block, float* sums) {
+  for (int64_t m = m0; m < m1; m += kStrip) {
+    panel_times<kColumns>(p.x + m * p.k + k, p.k, std::min(kStrip, m1 - m), panel, ld, count, block,
+                          sums + (m - m0) * count, count);
   }
 }
 
@@ -84,22 +99,13 @@ void stream_weights(const Problem& p, const T* w, int64_t n0, int64_t n1) {
 template <class T>
 void widened_panel(const Problem& p, const T* w, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   const int64_t count = n1 - n0, width = std::min(kBlockK, p.k), ld = (width + W - 1) / W * W;
-  float* sums = scratch<SumsTag>((m1 - m0) * count);
+  float *sums = scratch<SumsTag>((m1 - m0) * count), *panel = scratch<PanelTag>(count * ld);
   std::fill(sums, sums + (m1 - m0) * count, 0.0f);
   for (int64_t k = 0; k < p.k; k += kBlockK) {
     const int64_t block = std::min(kBlockK, p.k - k);
-    if constexpr (sizeof(T) == 4) {
-      panel_times<kColumns>(p.x + m0 * p.k + k, p.k, m1 - m0, w + n0 * p.k + k, p.k, count, block, sums, count);
-    } else {
-      float* panel = scratch<PanelTag>(count * ld);
-      for (int64_t n = 0; n < count; ++n) {
-        const T* row = w + (n0 + n) * p.k + k;
-        int64_t i = 0;
-        for (; i + W <= block; i += W) store(panel + n * ld + i, load(row + i));
-        for (; i < block; ++i) panel[n * ld + i] = to_float(row[i]);
-      }
-      panel_times<kColumns>(p.x + m0 * p.k + k, p.k, m1 - m0, panel, ld, count, block, sums, count);
-    }
+    // Also where nothing is to be widened: rows that lie a power of two apart would share few sets of the caches.
+    for (int64_t n = 0; n < count; ++n) widen(w + (n0 + n) * p.k + k, block, panel + n * ld);
+    multiply_panel(p, m0, m1, k, panel, ld, count, block, sums);
   }
   finish(p, m0, m1, n0, n1, sums, count);
 }
@@ -136,9 +142,8 @@ void widen_rows(const View& x, int64_t k, int64_t rows, float* out) {
       rest /= x.sizes[d];
     }
     const int64_t step = x.strides[x.dim - 1];
-    int64_t i = 0;
-    if (step == 1) for (; i + W <= k; i += W) store(out + row * k + i, load(data + offset + i));
-    for (; i < k; ++i) out[row * k + i] = to_float(data[offset + i * step]);
+    if (step == 1) widen(data + offset, k, out + row * k);
+    else for (int64_t i = 0; i < k; ++i) out[row * k + i] = to_float(data[offset + i * step]);
   }
 }
 

@@ -18,9 +18,10 @@ namespace {
 
 constexpr uint32_t kGolden = 0x9E3779B9u;
 constexpr int64_t kBlock = 64;          // logits per block maximum
-constexpr int kBins = 1024;             // of width 1/32 below the maximum; the last takes all that is smaller
-constexpr float kBinsPerUnit = 32.0f;
-constexpr float kApproximate = 1e-3f;   // more than the vector logarithms can be off by, for |z| up to 1000
+constexpr int kBins = 512;              // of width 1/16 below the maximum; the last takes all that is smaller
+constexpr float kBinsPerUnit = 16.0f;
+constexpr float kMargin = 1e-3f;        // more than rounding can add up to, for |z| up to 1000
+constexpr float kLn2 = 0.693147180559945f;
 
 template <class U>
 inline U mix(U x) {
@@ -73,12 +74,6 @@ int64_t argmax(const float* z, int64_t n) {
   return 0;
 }
 
-bool any(vi mask) {
-  int32_t bits = 0;
-  for (int l = 0; l < W; ++l) bits |= mask[l];
-  return bits != 0;
-}
-
 // Calls visit(index, z) for every z >= low, in order.
 template <class F>
 void for_each_from(const float* z, int64_t n, float low, F&& visit) {
@@ -116,7 +111,8 @@ float kth_largest(const float* z, int64_t n, int64_t k, std::vector<float>& valu
 
 // The z of the last token of the smallest set of largest probabilities among z >= low that reaches top_p.
 float nucleus(const float* z, int64_t n, float low, float top, float top_p, std::vector<float>& values) {
-  double mass[kBins] = {}, total = 0;
+  // Four copies, since neighbours often fall into one bin and each addition would wait for the one before.
+  double copies[4][kBins] = {}, mass[kBins], total = 0;
   const auto bin_of = [&](float value) { return int(std::min(float(kBins - 1), (top - value) * kBinsPerUnit)); };
   int64_t i = 0;
   const vf start = splat(low), peak = splat(top), last_bin = splat(float(kBins - 1));
@@ -124,13 +120,16 @@ float nucleus(const float* z, int64_t n, float low, float top, float top_p, std:
     const vf value = load(z + i);
     const vi kept = value >= start;
     if (!any(kept)) continue;
-    const vf p = vexp(value - peak);
+    const vf p = kept ? vexp(value - peak) : zero();
     const vf place = (peak - value) * kBinsPerUnit;
     const vi bin = __builtin_convertvector(place < last_bin ? place : last_bin, vi);
-    for (int l = 0; l < W; ++l) if (kept[l]) mass[bin[l]] += p[l];
+    for (int l = 0; l < W; ++l) copies[l % 4][bin[l]] += p[l];
   }
-  for (; i < n; ++i) if (z[i] >= low) mass[bin_of(z[i])] += vexp(splat(z[i] - top))[0];
-  for (double m : mass) total += m;
+  for (; i < n; ++i) if (z[i] >= low) copies[0][bin_of(z[i])] += vexp(splat(z[i] - top))[0];
+  for (int bin = 0; bin < kBins; ++bin) {
+    mass[bin] = (copies[0][bin] + copies[1][bin]) + (copies[2][bin] + copies[3][bin]);
+    total += mass[bin];
+  }
   const double wanted = double(top_p) * total;
   int bin = 0;
   double before = 0;
@@ -166,12 +165,13 @@ int64_t noisy_argmax(const float* z, int64_t n, float low, uint32_t hash) {
     const vf value = load(z + i);
     const vi kept = value >= low;
     if (!any(kept)) continue;
-    // Approximate noise rules out nearly all; what may win is computed exactly, so that the result is libm's.
+    // A bound on the noise rules out nearly all without a logarithm: -log(-log u) <= -log(1 - u), and reading a
+    // float's bits as a number never overestimates its binary logarithm. What may win is computed exactly.
     const vu r = mix(vu((lane + uint32_t(i)) * kGolden ^ hash));
     vf u = (__builtin_convertvector(vi(r >> 8), vf) + 0.5f) * 0x1p-24f;
     u = u > kLargestUniform ? splat(kLargestUniform) : u;
-    const vf noisy = value - vlog(-vlog(u));
-    if (!any(kept & (noisy >= best - kApproximate * std::max(1.0f, std::abs(best) * 1e-3f)))) continue;
+    const vf bound = fma(to_vector(as_int(1.0f - u)), splat(-0x1p-23f * kLn2), splat(127.0f * kLn2 + kMargin));
+    if (!any(kept & (value + bound >= best - kMargin * std::max(1.0f, std::abs(best) * 1e-3f)))) continue;
     for (int l = 0; l < W; ++l) if (kept[l]) consider(i + l);
   }
   for (; i < n; ++i) if (z[i] >= low) consider(i);

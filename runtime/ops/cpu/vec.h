@@ -22,7 +22,8 @@ constexpr int W = 8;
 #else
 constexpr int W = 4;
 #endif
-constexpr int64_t kBlockK = 1024;  // 3 weight rows and 4 input rows of a block stay within 32 KiB of L1
+constexpr int64_t kBlockK = 512;  // 4 input rows and 2 weight rows of a block are 12 KiB of L1
+constexpr int kColumns = W == 16 ? 4 : 2;  // weight rows per tile with four input rows; 3 fit AVX2's registers, but run slower
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
@@ -99,11 +100,38 @@ inline vf load(const T* p) {
   return load(out);
 }
 
+// The last, incomplete vector of a row, filled up with zeros. Not inlined: it would crowd the loops that rarely need it.
 template <class T>
-inline vf load_part(const T* p, int64_t count) {
+__attribute__((noinline)) vf load_part(const T* p, int64_t count) {
   float out[W] = {};
   for (int64_t i = 0; i < count; ++i) out[i] = to_float(p[i]);
   return load(out);
+}
+
+template <class T>
+inline void widen(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+// Keeps a value in a register: the compiler would rather load a weight again for every input row.
+inline void keep(vf& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__SSE__)
+  asm("" : "+x"(x));
+#endif
+}
+
+inline bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(__m256i(mask), __m256i(mask));
+#else
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
 }
 
 // Sums of four vectors' lanes, each as ((0+1)+(2+3)) + ((4+5)+(6+7)), upper half of 16 folded onto the lower first.
@@ -126,47 +154,66 @@ inline void fold4(vf a, vf b, vf c, vf d, float* out) {
 }
 
 // sums[m * ld + n] += x[m] . w[n] over one block of k elements; x rows are `ldx` apart, w rows are wherever they are.
-template <int MR, int NR, class T>
-inline void dot_tile(const float* x, int64_t ldx, const T* const* w, int64_t k, float* sums, int64_t ld) {
+// With `Ahead`, what lies `ahead` bytes after each weight is asked for at the same time: rows of narrow types are too
+// short for the hardware's prefetchers to get going.
+template <int MR, int NR, bool Ahead = false, class T>
+inline void dot_tile(const float* x, int64_t ldx, const T* const* w, int64_t k, float* sums, int64_t ld,
+                     int64_t ahead = 0) {
   static_assert(NR <= 4, "fold4 takes four columns");
-  vf acc[MR][NR] = {};
-  int64_t i = 0;
-  for (; i + W <= k; i += W) {
+  vf acc[MR][NR];
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) acc[m][n] = zero();
+  const auto step = [&](auto&& read_x, auto&& read_w) __attribute__((always_inline)) {
     vf wide[NR];
 #pragma GCC unroll 4
-    for (int n = 0; n < NR; ++n) wide[n] = load(w[n] + i);
+    for (int n = 0; n < NR; ++n) {
+      wide[n] = read_w(w[n]);
+      if constexpr (MR > 1) keep(wide[n]);
+    }
 #pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
-      const vf row = load(x + m * ldx + i);
+      vf row = read_x(x + m * ldx);
+      if constexpr (NR > 1) keep(row);
 #pragma GCC unroll 4
       for (int n = 0; n < NR; ++n) acc[m][n] = fma(row, wide[n], acc[m][n]);
     }
-  }
-  if (i < k) {
-    for (int n = 0; n < NR; ++n) {
-      const vf wide = load_part(w[n] + i, k - i);
-      for (int m = 0; m < MR; ++m) acc[m][n] = fma(load_part(x + m * ldx + i, k - i), wide, acc[m][n]);
+  };
+  int64_t i = 0;
+  const auto full = [&](const auto* p) __attribute__((always_inline)) { return load(p + i); };
+  const auto part = [&](const auto* p) __attribute__((always_inline)) { return load_part(p + i, k - i); };
+  if constexpr (Ahead) {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (; i + line <= k;) {
+      for (int n = 0; n < NR; ++n) __builtin_prefetch(reinterpret_cast<const char*>(w[n] + i) + ahead);
+      for (const int64_t end = i + line; i < end; i += W) step(full, full);
     }
   }
+  for (; i + W <= k; i += W) step(full, full);
+  if (i < k) step(part, part);
+  // Four sums at a time, whatever rows and columns they belong to.
 #pragma GCC unroll 4
-  for (int m = 0; m < MR; ++m) {
+  for (int at = 0; at < MR * NR; at += 4) {
+    const auto sum = [&](int j) { return acc[(at + j) % (MR * NR) / NR][(at + j) % (MR * NR) % NR]; };
     float folded[4];
-    fold4(acc[m][0], acc[m][NR > 1 ? 1 : 0], acc[m][NR > 2 ? 2 : 0], acc[m][NR > 3 ? 3 : 0], folded);
+    fold4(sum(0), sum(1), sum(2), sum(3), folded);
 #pragma GCC unroll 4
-    for (int n = 0; n < NR; ++n) sums[m * ld + n] += folded[n];
+    for (int j = at; j < at + 4 && j < MR * NR; ++j) sums[j / NR * ld + j % NR] += folded[j - at];
   }
 }
 
 // The same for any number of rows of x: sums[row * ld + column] for rows [0, m) and NR rows of w.
-template <int NR, class T>
-inline void rows_times(const float* x, int64_t ldx, int64_t m, const T* const* w, int64_t k, float* sums, int64_t ld) {
+template <int NR, bool Ahead = false, class T>
+inline void rows_times(const float* x, int64_t ldx, int64_t m, const T* const* w, int64_t k, float* sums, int64_t ld,
+                       int64_t ahead = 0) {
   int64_t row = 0;
-  for (; row + 4 <= m; row += 4) dot_tile<4, NR>(x + row * ldx, ldx, w, k, sums + row * ld, ld);
+  for (; row + 4 <= m; row += 4) dot_tile<4, NR, Ahead>(x + row * ldx, ldx, w, k, sums + row * ld, ld, ahead);
   x += row * ldx;
   sums += row * ld;
-  if (m - row == 3) dot_tile<3, NR>(x, ldx, w, k, sums, ld);
-  else if (m - row == 2) dot_tile<2, NR>(x, ldx, w, k, sums, ld);
-  else if (m - row == 1) dot_tile<1, NR>(x, ldx, w, k, sums, ld);
+  if (m - row == 3) dot_tile<3, NR, Ahead>(x, ldx, w, k, sums, ld, ahead);
+  else if (m - row == 2) dot_tile<2, NR, Ahead>(x, ldx, w, k, sums, ld, ahead);
+  else if (m - row == 1) dot_tile<1, NR, Ahead>(x, ldx, w, k, sums, ld, ahead);
 }
 
 }  // namespace ingot

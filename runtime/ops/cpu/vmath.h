@@ -1,5 +1,5 @@
 // exp, log and tanh on vectors, to about 1 ulp: what softmax, soft caps, sampling and an engine's activations need.
-// Polynomials and argument reductions after Cephes (expf.c, logf.c, tanhf.c, S. Moshier). NaN stays NaN.
+// Polynomials and argument reductions after Cephes (expf.c, logf.c, tanhf.c, S. Moshier). exp and tanh keep NaN.
 #pragma once
 
 #include <limits>

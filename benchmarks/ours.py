@@ -1,0 +1,64 @@
+"""Ingot's side of a comparison: a worker that decodes and prefills through `LLM`, and the program whose start is timed.
+
+`python -m ingot.benchmarks.ours ARTIFACT` answers {"op": "decode" | "prefill", "prompt": [ids], "tokens": n}.
+Times are the harness's own around whole calls; only the time to the first token, which is subtracted from a decoding
+run, is the runtime's.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from ..runtime import LLM, SamplingParams
+from .children import serve
+
+# A fresh interpreter running what a user's shortest program would be; digests are verified in full.
+START = """
+import json, sys, time
+from ingot.runtime import LLM, SamplingParams
+prompt = json.loads(sys.argv[2])
+params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=isinstance(prompt, str))
+with LLM(sys.argv[1]) as llm:
+    token = llm.generate(prompt, params)[0].outputs[0].token_ids[0]
+    now = time.monotonic()
+    with open("/proc/self/status") as status:
+        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+print(json.dumps({"first_token": now, "token": token, "peak": peak}))
+"""
+
+
+def decode(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+    """Generate `tokens` tokens behind the first one, greedily and past any end of sequence; seconds for those.
+
+    Raises:
+        RuntimeError: fewer came, so that the seconds would mean something else.
+    """
+    count = request["tokens"] + 1
+    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+    begin = time.perf_counter()
+    output = llm.generate(request["prompt"], params)[0]
+    seconds = time.perf_counter() - begin
+    tokens = output.outputs[0].token_ids
+    if len(tokens) != count or output.metrics.ttft_ms is None:
+        raise RuntimeError(f"{len(tokens)} tokens instead of {count}: {output.outputs[0].finish_reason}")
+    return {"seconds": seconds - output.metrics.ttft_ms / 1000, "token_ids": tokens}
+
+
+def prefill(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+    """Seconds from a prompt to its first token."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
+    begin = time.perf_counter()
+    tokens = llm.generate(request["prompt"], params)[0].outputs[0].token_ids
+    return {"seconds": time.perf_counter() - begin, "token_ids": tokens}
+
+
+def main(artifact: str) -> None:
+    """Serve until stdin closes."""
+    with LLM(artifact) as llm:
+        serve({"decode": lambda request: decode(llm, request), "prefill": lambda request: prefill(llm, request)})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,217 @@
+"""Measures one model: the artifact, then ours and the peer in turn, repetition by repetition.
+
+Turn and turn about means that a machine growing slower (heat, a neighbour) hits both sides alike, and a ratio is always
+one of two runs next to each other. Every first run warms up and is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..artifacts.errors import IngotError, ResourceError
+from ..artifacts.manifest import Manifest
+from ..compiler.recipe import Recipe
+from ..runtime.weights import map_weights
+from . import ours, transformers_peer
+from .builds import checkpoint_bytes, ensure_artifact, newer_sources, open_recipe
+from .children import Worker, run, tail
+from .results import OURS, Model
+from .subjects import Subject
+from .traffic import step_bytes
+
+Say = Callable[[str], None]
+SHORTEST_S = 0.25  # a sample is the mean over as many runs as this takes: a tiny model's single run is all jitter
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure. `stories` is the folder of stories260K if there is one, `peers` the names of peers to run."""
+
+    artifacts: Path
+    stories: Path | None
+    peers: tuple[str, ...]
+    repetitions: int
+    rebuild: bool = False
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side: how it is called in the results, its worker, and how many tokens its tests have."""
+
+    engine: str
+    op: str  # how the worker calls its way to decode
+    worker: Worker
+    generate: int
+    prefill: int
+
+
+def begin(subject: Subject) -> Model:
+    """The empty result of a subject, with its goals."""
+    return Model(subject.name, f"recipes/{subject.recipe}", list(subject.settings), goals=list(subject.goals))
+
+
+def measure(subject: Subject, model: Model, options: Options, say: Say) -> None:
+    """Fill `model` with everything that can be measured of it.
+
+    What goes wrong with ours ends the model and is recorded as `failed`; what goes wrong with a peer becomes a note.
+    """
+    if subject.stories and options.stories is None:
+        model.skipped = "its checkpoint is not in the repository: give its folder with --stories DIR"
+        return
+    try:
+        recipe = open_recipe(subject, options.stories)
+        folder = options.artifacts / subject.name
+        manifest, model.build = ensure_artifact(subject, recipe, folder, options.rebuild)
+        if newer_sources(folder):
+            model.notes.append("the compiler's sources are newer than the artifact: --rebuild measures what they make")
+        describe(subject, model, recipe, manifest, folder)
+        compare_speed(subject, model, recipe, manifest, options, say)
+        compare_start(subject, model, recipe, manifest, options, say)
+    except IngotError as error:
+        model.failed = str(error)
+
+
+def describe(subject: Subject, model: Model, recipe: Recipe, manifest: Manifest, folder: Path) -> None:
+    """What is known of an artifact without running it."""
+    model.dtype, model.scheme = manifest.model.dtype, recipe.quantization.scheme
+    model.parameters = manifest.model.parameters
+    model.checkpoint_bytes = checkpoint_bytes(recipe, manifest)
+    model.artifact_bytes = sum(entry.size for entry in manifest.files)
+    model.weights_bytes = sum(entry.size for entry in manifest.files if entry.path in manifest.weights)
+    tensors = {n: (t.shape, t.dtype) for n, t in map_weights(folder / path for path in manifest.weights).items()}
+    # The first token comes from the prefill; step i then sees the prompt, i tokens before it, and its own.
+    contexts = range(subject.context + 1, subject.context + subject.generate + 1)
+    model.traffic = step_bytes(manifest, tensors, contexts)
+
+
+def compare_speed(
+    subject: Subject, model: Model, recipe: Recipe, manifest: Manifest, options: Options, say: Say
+) -> None:
+    """Decode and prefill rates, ours and the peer's in turn."""
+    with ExitStack() as stack:
+        folder = options.artifacts / subject.name
+        mine = stack.enter_context(Worker(ours.__name__, str(folder)))
+        sides = [Contender(OURS, "decode", mine, subject.generate, subject.prefill)]
+        if "transformers" in options.peers:
+            peer = stack.enter_context(Worker(transformers_peer.__name__, str(peer_source(recipe)), recipe.model.dtype))
+            sizes = (subject.peer_generate, subject.peer_prefill)
+            sides += [Contender(transformers_peer.LOOP, "decode", peer, *sizes)]
+            sides += [Contender(transformers_peer.GENERATE, "generate", peer, *sizes)]
+        greedy: dict[str, list[int]] = {}
+        for repetition in range(options.repetitions + 1):
+            say(f"{subject.name}: speed {repetition}/{options.repetitions}")
+            for side in list(sides):
+                try:
+                    greedy[side.engine] = one_round(side, subject, model, manifest, warm_up=repetition == 0)
+                except ResourceError as error:
+                    if side.engine == OURS:
+                        raise
+                    model.notes.append(f"{side.engine}: {error}")
+                    sides.remove(side)
+        if recipe.model.source == "local" and recipe.model.dtype == "float32":
+            model.notes += agreement(greedy)
+
+
+def one_round(side: Contender, subject: Subject, model: Model, manifest: Manifest, warm_up: bool) -> list[int]:
+    """One decode and one prefill run of a side; returns the tokens decoded."""
+    vocab, longest = manifest.model.vocab_size, manifest.model.max_length
+    chunk = max(e.length for e in manifest.engines if e.phase == "prefill")
+    context = min(subject.context, longest - 2)
+    tokens = min(side.generate, longest - context - 1)
+    decode = {"op": side.op, "prompt": prompt_ids(context, vocab), "tokens": tokens}
+    seconds, produced = sample(side.worker, decode, 0.0 if warm_up else SHORTEST_S)
+    length = prefill_length(side.prefill, longest, chunk)
+    if not warm_up:
+        model.open_series(side.engine, f"tg{tokens}", "tok/s").add(tokens / seconds)
+    if side.op == "decode":  # a peer's second way to decode has no prefill of its own
+        prefill = {"op": "prefill", "prompt": prompt_ids(length, vocab)}
+        seconds, _ = sample(side.worker, prefill, 0.0 if warm_up else SHORTEST_S)
+        if not warm_up:
+            model.open_series(side.engine, f"pp{length}", "tok/s").add(length / seconds)
+    return produced
+
+
+def sample(worker: Worker, request: dict[str, Any], shortest: float) -> tuple[float, list[int]]:
+    """Repeat a request for at least `shortest` seconds of its own time: mean seconds of a run, and its tokens."""
+    total, runs = 0.0, 0
+    while True:
+        answer = worker.ask(request)
+        total, runs = total + answer["seconds"], runs + 1
+        if total >= shortest:
+            return total / runs, list(answer["token_ids"])
+
+
+def compare_start(
+    subject: Subject, model: Model, recipe: Recipe, manifest: Manifest, options: Options, say: Say
+) -> None:
+    """Process start to first token in fresh processes, ours and the peer's in turn, and their peak memory."""
+    has_tokenizer = any(entry.path == "tokenizer.json" for entry in manifest.files)
+    given: Any = subject.prompt if has_tokenizer else prompt_ids(subject.context, manifest.model.vocab_size)
+    prompt = json.dumps(given)
+    commands = {OURS: [ours.START, str(options.artifacts / subject.name), prompt]}
+    source = peer_source(recipe)
+    if "transformers" in options.peers:
+        if source.is_dir():
+            commands[transformers_peer.GENERATE] = [transformers_peer.START, str(source), prompt, recipe.model.dtype]
+        else:
+            model.notes.append("transformers: no start-up time, since its random weights are not on disk")
+    for repetition in range(options.repetitions + 1):
+        say(f"{subject.name}: start {repetition}/{options.repetitions}")
+        for engine, command in list(commands.items()):
+            try:
+                seconds, peak = start_once(engine, command)
+            except ResourceError as error:
+                if engine == OURS:
+                    raise
+                model.notes.append(f"{engine}: {error}")
+                del commands[engine]
+                continue
+            if repetition:  # the first run fills the page cache
+                model.open_series(engine, "start", "s").add(seconds)
+                model.open_series(engine, "peak", "bytes").add(peak)
+
+
+def start_once(engine: str, program: list[str]) -> tuple[float, int]:
+    """Seconds from process start to first token, and the process's peak memory in bytes.
+
+    Raises:
+        ResourceError: it failed.
+    """
+    done = run([sys.executable, "-c", *program])
+    if done.code:
+        raise ResourceError(f"{engine} did not start", f"exit code {done.code}: {tail(done.stderr)}", "")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return answer["first_token"] - done.started, int(answer["peak"])
+
+
+def peer_source(recipe: Recipe) -> Path:
+    """What the peer loads: the checkpoint's folder, or the config that random weights are made for."""
+    return recipe.model_path() if recipe.model.source == "local" else recipe.config_path()
+
+
+def prompt_ids(length: int, vocab_size: int) -> list[int]:
+    """A prompt of token ids, the same for everybody: varied, and without the special tokens at the start."""
+    low = min(3, vocab_size - 1)
+    return [low + (7919 * i + 17) % (vocab_size - low) for i in range(length)]
+
+
+def prefill_length(wanted: int, max_length: int, chunk: int) -> int:
+    """The longest prompt up to `wanted` tokens that leaves room for an answer, in whole chunks if one fits."""
+    most = min(wanted, max_length - 1)
+    return most - most % chunk if most > chunk else most
+
+
+def agreement(greedy: dict[str, list[int]]) -> Iterator[str]:
+    """How far the peers' greedy tokens agree with ours: a check that both sides did the same work."""
+    mine = greedy.get(OURS, [])
+    for engine, theirs in greedy.items():
+        if engine != OURS and theirs:
+            both = min(len(mine), len(theirs))
+            same = next((i for i in range(both) if mine[i] != theirs[i]), both)
+            yield f"greedy tokens equal to those of {engine}: {same} of {both}"

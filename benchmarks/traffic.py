@@ -1,0 +1,85 @@
+"""How many bytes a decode step has to read: the denominator of every claim about bandwidth.
+
+Counted from the manifest and the weights' shapes, not measured. A table that a step only looks up (an embedding that
+is not also the LM head, a table over positions) counts with one row. For mixtures of experts this is an upper bound:
+all experts are counted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from ..artifacts.errors import VerificationError
+from ..artifacts.manifest import EngineEntry, KVCache, Manifest
+from .results import Traffic
+
+ITEM_BYTES = {
+    "float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1, "bool": 1,
+    "float8_e4m3fn": 1,
+}  # fmt: skip
+Facts = tuple[tuple[int, ...], str]  # a tensor's shape and dtype
+# Tables looked up by token or position; GPT-NeoX calls its LM head embed_out.
+_TABLE = re.compile(r"embed(?!_out)|wte|wpe|^positions_")
+
+
+def tensor_bytes(facts: Facts) -> int:
+    """The size of a tensor."""
+    shape, dtype = facts
+    return math.prod(shape) * ITEM_BYTES[dtype]
+
+
+def decode_engine(manifest: Manifest) -> EngineEntry:
+    """The decode engine of the smallest batch. Raises VerificationError if there is none."""
+    engines = [e for e in manifest.engines if e.phase == "decode"]
+    if not engines:
+        raise VerificationError(f"{manifest.name} has no decode engine", "it cannot generate", "build it again")
+    return min(engines, key=lambda e: e.batch)
+
+
+def looked_up(names: Sequence[str], tensors: Mapping[str, Facts], vocab_size: int) -> set[str]:
+    """Those weights of which a step reads one row per token.
+
+    An embedding is one unless it is the only matrix with a row per token of the vocabulary: then it is tied, and the LM
+    head reads it in full.
+    """
+    matrices = [n for n in names if len(tensors[n][0]) >= 2]
+    vocabulary = [n for n in matrices if tensors[n][0][0] == vocab_size]
+    return {n for n in matrices if _TABLE.search(n) and vocabulary != [n]}
+
+
+def cache_bytes(cache: KVCache, contexts: Sequence[int]) -> int:
+    """Mean bytes of keys and values that a step reads, over steps that see `contexts` tokens (their own included)."""
+    if not contexts:
+        return 0
+    total = 0
+    for layer in cache.layers:
+        token = (math.prod(layer.key) + math.prod(layer.value)) * ITEM_BYTES[cache.dtype]
+        total += token * sum(min(c, layer.window) if layer.window else c for c in contexts)
+    return round(total / len(contexts))
+
+
+def step_bytes(manifest: Manifest, tensors: Mapping[str, Facts], contexts: Sequence[int]) -> Traffic:
+    """Bytes read per token at batch 1.
+
+    Args:
+        tensors: shape and dtype of every tensor in the weights files, by name.
+        contexts: for each step of the run, how many tokens its attention sees.
+
+    Raises:
+        VerificationError: no decode engine, or it binds a weight that the files do not hold.
+    """
+    names = sorted({c.weight for c in decode_engine(manifest).constants})
+    if missing := [n for n in names if n not in tensors]:
+        raise VerificationError(
+            f"{manifest.name} lacks {missing[0]!r}", "an engine binds that weight", "build it again"
+        )
+    tables = looked_up(names, tensors, manifest.model.vocab_size)
+    rows = 0
+    for name in tables:
+        shape = tensors[name][0]
+        # Position tables may carry leading dimensions of 1.
+        rows += tensor_bytes(tensors[name]) // next((n for n in shape if n > 1), 1)
+    weights = sum(tensor_bytes(tensors[n]) for n in names if n not in tables)
+    return Traffic(weights, rows, cache_bytes(manifest.kv_cache, contexts))
