@@ -107,7 +107,7 @@ def _kept(folder: Path, manifest: Manifest) -> Build:
         if kept.pop("manifest") != manifest.digest():
             return Build(reused=True)
         build: Build = strict.build(Build, {**kept, "reused": True}, str(_record(folder)))
-    except (OSError, KeyError, AttributeError, VerificationError):
+    except (OSError, KeyError, TypeError, AttributeError, VerificationError):
         return Build(reused=True)
     return build
 

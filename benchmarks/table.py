@@ -66,12 +66,11 @@ def _heading(report: Report) -> str:
 
 def speed_table(report: Report, models: Sequence[Model]) -> str:
     """One row per engine and test: mean ± sd and median of the rate, and for ours what is read and the ratio."""
-    rows = []
+    rows, peers = [], _peers(models)
     for model in models:
         for series in model.series:
             if series.unit == "tok/s" and series.samples:
-                rows.append(_speed_row(report, model, series, _peers(models)))
-    peers = _peers(models)
+                rows.append(_speed_row(report, model, series, peers))
     return markdown((*_SPEED, *(f"× {peer}" for peer in peers)), rows, "lrrlllrrrrrr" + "r" * len(peers))
 
 

@@ -48,7 +48,7 @@ def _check_tokenizer(path: Path, raw: bytes, vocabulary: int) -> None:
         highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001 - a panic in tokenizers' Rust code is a BaseException
+    except BaseException as error:
         if isinstance(error, SystemExit):
             raise
         raise UsageError(f"{path} is no tokenizer", f"{type(error).__name__}: {str(error)[:300]}", fix) from error
@@ -91,7 +91,9 @@ def _generation(config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
         return given.get(name) if given.get(name) is not None else config.get(name)
 
     bos, pad = _ids(first("bos_token_id")), _ids(first("pad_token_id"))
-    defaults = {k: given[k] for k in _DEFAULTS if isinstance(given.get(k), int | float) and given.get("do_sample") is not False}
+    defaults = {
+        k: given[k] for k in _DEFAULTS if isinstance(given.get(k), int | float) and given.get("do_sample") is not False
+    }
     if given.get("do_sample") is False:
         defaults["temperature"] = 0.0
     return {

@@ -13,17 +13,18 @@ import numpy as np
 
 from ..artifacts.manifest import KVCache
 from ..passes.base import GraphPass
+from ..passes.graph import copy_graph
 from ..passes.manager import run_passes
 from ..passes.weights import Load
 from ..runtime.replay import Pair, replay
 from . import gate as numeric_gate
-from .build import Plan, make_plan
 from .console import Progress
 from .eager_engines import EagerGroup
 from .load_model import make_model
 from .metrics import compare
 from .model_weights import open_weights
 from .pipelines import PIPELINE, STRUCTURAL, select
+from .plan import Plan, make_plan
 from .recipe import Recipe
 from .trace import trace
 
@@ -39,17 +40,18 @@ class Culprit:
     tried: tuple[str, ...] = ()
 
 
-class _Oracle:
-    """Judges a list of passes: trace, rewrite, replay, compare."""
+class Oracle:
+    """Judges lists of passes over one plan: rewrite, replay, compare. Traces and reference are made once."""
 
     def __init__(self, plan: Plan, load: Load) -> None:
         self.plan, self.load = plan, load
         recipe = plan.recipe
-        self.model = make_model(plan.config, recipe.model.dtype)
+        model = make_model(plan.config, recipe.model.dtype)
         self.pair = Pair(*numeric_gate.engine_pairs(recipe)[-1])
-        self.shapes = {s.name: s for s in recipe.engines() if s.name in (self.pair.prefill, self.pair.decode)}
+        shapes = {s.name: s for s in recipe.engines() if s.name in (self.pair.prefill, self.pair.decode)}
+        self.traces = {name: trace(model, shape.batch, shape.length) for name, shape in shapes.items()}
         vocabulary = numeric_gate_vocabulary(plan)
-        rows = self.shapes[self.pair.decode].batch
+        rows = shapes[self.pair.decode].batch
         tokens = numeric_gate.gate_tokens(recipe, None, vocabulary, 0)
         keep = list(range(len(tokens.sequences)))[-rows:]
         self.tokens = numeric_gate.GateTokens(
@@ -62,11 +64,10 @@ class _Oracle:
         self.tried: list[str] = []
 
     def shortfalls(self, passes: Sequence[GraphPass]) -> list[str]:
-        """What these passes' graphs miss of the budget; a pass that fails outright counts too."""
-        graphs = {}
-        for name, shape in self.shapes.items():
-            graphs[name] = trace(self.model, shape.batch, shape.length)
-            run_passes(graphs[name], passes, self.plan.contexts[name])
+        """What these passes' graphs miss of the budget."""
+        graphs = {name: copy_graph(traced) for name, traced in self.traces.items()}
+        for name, graph in graphs.items():
+            run_passes(graph, passes, self.plan.contexts[name])
         context = self.plan.contexts[self.pair.decode]
         cache = KVCache(context.block_size, context.num_blocks, context.max_blocks, self.plan.recipe.model.dtype, ())
         group = EagerGroup(graphs, self.load)
@@ -87,7 +88,12 @@ def find_culprit(plan: Plan, load: Load, passes: Sequence[GraphPass]) -> Culprit
     Args:
         plan: shapes, config and contexts (its graphs are not used); load: stored weights by name.
     """
-    oracle = _Oracle(plan, load)
+    return search(Oracle(plan, load), passes)
+
+
+def search(oracle: Oracle, passes: Sequence[GraphPass]) -> Culprit:
+    """`find_culprit` with an oracle at hand, which can serve several lists of passes."""
+    oracle.tried = []
 
     def prefix(count: int) -> list[GraphPass]:
         """The first passes, and of the rest only what is needed to run."""
@@ -95,10 +101,16 @@ def find_culprit(plan: Plan, load: Load, passes: Sequence[GraphPass]) -> Culprit
 
     whole = oracle.shortfalls(passes)
     if not whole:
-        return Culprit(None, "no pass does: the rewritten graphs are within budget when run eagerly; the back end's code is not", tuple(oracle.tried))
+        return Culprit(
+            None,
+            "no pass does: the rewritten graphs are within budget when run eagerly; the back end's code is not",
+            tuple(oracle.tried),
+        )
     if bare := oracle.shortfalls(prefix(0)):
         return Culprit(
-            None, f"the trace with nothing but {', '.join(STRUCTURAL)} already misses the budget: {bare[0]}", tuple(oracle.tried)
+            None,
+            f"the trace with nothing but {', '.join(STRUCTURAL)} already misses the budget: {bare[0]}",
+            tuple(oracle.tried),
         )
     good, bad, detail = 0, len(passes), whole[0]
     while bad - good > 1:
@@ -113,6 +125,9 @@ def find_culprit(plan: Plan, load: Load, passes: Sequence[GraphPass]) -> Culprit
 
 def bisect(recipe: Recipe, *, progress: Progress, passes: Sequence[GraphPass] = PIPELINE) -> Culprit:
     """`ingot bisect`: plan the recipe and search its pipeline.
+
+    Args:
+        passes: the pipeline, or `faults.plant(name, PIPELINE)` for `--plant NAME`.
 
     Raises:
         UsageError, UnsupportedModelError, PassError: as a build would.

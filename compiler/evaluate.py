@@ -6,6 +6,7 @@ Values are bound to placeholders by name, so the same call works before and afte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Evaluator:
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
         """The graph's output for the inputs it names; caches start as zeros and are kept between runs."""
-        env: dict[torch.fx.Node, object] = {}
+        env: dict[torch.fx.Node, Any] = {}
         for node in self.traced.graph.nodes:
             if node.op == "placeholder":
                 name = str(node.target)

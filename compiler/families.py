@@ -22,13 +22,15 @@ from ..artifacts.errors import IngotError, UnsupportedModelError, UsageError
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import OpenArtifact
 from ..runtime import LLM, SamplingParams
-from .build import build, make_plan, planned_manifest
+from .build import build
 from .console import Progress, SilentProgress
 from .eager_engines import EagerGroup
 from .load_model import make_config
 from .model_weights import open_weights
+from .plan import make_plan
 from .recipe import Recipe
 from .recipe_sections import Gate, ModelSource, Shapes
+from .record import planned_manifest
 
 SUBJECTS = Path(__file__).resolve().parent.parent / "recipes" / "families.toml"
 CHUNK = 16
@@ -120,8 +122,8 @@ def expected(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[l
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
         out = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-            eos_token_id=-1, pad_token_id=0,
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS, eos_token_id=-1, pad_token_id=0,
         )  # fmt: skip
         found.append(out[0, len(prompt) :].tolist())
     return found

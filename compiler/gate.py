@@ -65,7 +65,7 @@ class Budget:
 
 
 def _at_least(share: float, count: int) -> float:
-    """The smallest share among `count` that is no evidence of being worse: two standard errors and one position less."""
+    """The smallest share among `count` that is no evidence of being worse: two standard errors and one less."""
     return share - 2 * (share * (1 - share) / count) ** 0.5 - 1 / count
 
 
@@ -96,7 +96,9 @@ def gate_tokens(recipe: Recipe, encode: Callable[[str], list[int]] | None, vocab
         sequences = [ids for p in recipe.gate.prompts if len(ids := encode(p)[:limit]) >= 2]
     else:
         rng = np.random.default_rng(recipe.gate.seed)
-        sequences = [rng.integers(0, vocabulary, max(length - 7 * i, 2)).tolist() for i in range(len(recipe.gate.prompts))]
+        sequences = [
+            rng.integers(0, vocabulary, max(length - 7 * i, 2)).tolist() for i in range(len(recipe.gate.prompts))
+        ]
     if not sequences:
         sequences = [[0, 1]]
     reach = max(recipe.shapes.prefill_lengths) + recipe.shapes.kv_block_size + 8
@@ -150,12 +152,16 @@ def run_child(module: str, *args: str) -> str:
             [sys.executable, "-m", module, *args], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise ResourceError("the finished engines hang", f"no answer in {_TIMEOUT_S} s", "report this with the recipe") from error
+        raise ResourceError(
+            "the finished engines hang", f"no answer in {_TIMEOUT_S} s", "report this with the recipe"
+        ) from error
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [""]
         how = f"it was killed by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else last[0]
         raise ResourceError(
-            "the finished engines do not run in a lean process", how, "see report/build.log; --debug shows the whole output"
+            "the finished engines do not run in a lean process",
+            how,
+            "see report/build.log; --debug shows the whole output",
         )
     return done.stdout
 
@@ -188,21 +194,23 @@ def judge(
     """
     budget = budget_for(recipe)
     own = compare(reference, eager) if eager is not None else None
-    engines, failures = [], []
+    whole_pairs: list[dict[str, Any]] = []
+    engines: dict[str, dict[str, Any]] = {}
+    failures: list[tuple[str, str]] = []
     for (prefill, decode), found in zip(pairs, logits):
         whole = compare(reference, found)
         parts = {"prefill": compare([r[:1] for r in reference], [f[:1] for f in found])}
         if any(len(r) > 1 for r in reference):
             rest = [i for i, r in enumerate(reference) if len(r) > 1]
             parts["decode"] = compare([reference[i][1:] for i in rest], [found[i][1:] for i in rest])
-        engines.append(
-            {"prefill": prefill, "decode": decode, **whole.to_dict(), "parts": {k: v.to_dict() for k, v in parts.items()}}
-        )
+        whole_pairs.append({"prefill": prefill, "decode": decode, **whole.to_dict()})
         for phase, part in parts.items():
+            engine = prefill if phase == "prefill" else decode
+            worst = engines.get(engine)
+            if worst is None or part.max_relative_error >= (worst["max_relative_error"] or 0.0):
+                engines[engine] = part.to_dict()
             # KL and top-1 are judged over all positions: a share of few prompts says little.
-            own_part = own
-            narrow = Budget(budget.max_relative_error, None, None) if phase == "prefill" else Budget(budget.max_relative_error)
-            failures += [(prefill if phase == "prefill" else decode, m) for m in narrow.shortfalls(part, own_part)]
+            failures += [(engine, m) for m in Budget(budget.max_relative_error).shortfalls(part, None)]
         overall = Budget(None, budget.mean_kl, budget.top1).shortfalls(whole, own)
         failures += [(f"{prefill} + {decode}", m) for m in overall if whole.finite]
     report = {
@@ -210,6 +218,7 @@ def judge(
         "budget": {k: v for k, v in budget.__dict__.items() if v is not None},
         "eager": own.to_dict() if own else None,
         "engines": engines,
+        "pairs": whole_pairs,
         "sequences": [len(s) for s in tokens.sequences],
         "prompts": tokens.prompts,
         "passed": not failures,

@@ -66,10 +66,11 @@ def _load_by_transformers(folder: Path, dtype: str, digest: str) -> _Loaded | No
     """The weights in the form transformers runs them, or None when even transformers misses some."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[dtype], output_loading_info=True, use_safetensors=True, trust_remote_code=False,
         local_files_only=True,
     )  # fmt: skip
+    model, info = loaded
     if any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         return None
     return _Loaded(model.state_dict(), digest)
@@ -106,7 +107,10 @@ def open_weights(model: nn.Module, folder: Path | None, dtype: str, seed: int) -
 
 
 def _names(stored: Mapping[str, Any], shapes: Mapping[str, Any], alias: Mapping[str, str]) -> dict[str, str] | None:
-    """Stored name of every parameter, trying the plain name, its tied twin, and a missing base prefix; None if some have none."""
+    """Stored name of every parameter: the plain one, its tied twin's, or one without the base prefix.
+
+    None if a parameter has none.
+    """
     twins = {**alias, **{first: name for name, first in alias.items()}}
     found = {}
     for name in shapes:

@@ -85,5 +85,9 @@ class ReferenceModel:
         positions = torch.arange(longest).expand(len(sequences), -1)
         first = min(firsts)
         # logits_to_keep spares the logits before the first one wanted: they are most of the memory.
-        out = self.model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=longest - first).logits
-        return [out[i, f - first : len(s) - first].float().numpy().copy() for i, (s, f) in enumerate(zip(sequences, firsts))]
+        out = self.model(
+            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=longest - first
+        ).logits
+        return [
+            out[i, f - first : len(s) - first].float().numpy().copy() for i, (s, f) in enumerate(zip(sequences, firsts))
+        ]

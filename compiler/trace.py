@@ -46,7 +46,7 @@ def trace(model: nn.Module, batch: int, length: int) -> TracedGraph:
             gm = program.run_decompositions({}).module(check_guards=False)
     except IngotError:
         raise
-    except Exception as error:  # noqa: BLE001 - export runs the model's own code, which raises anything
+    except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, IngotError) else None
         if cause is not None:
             raise cause from error

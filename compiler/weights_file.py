@@ -60,7 +60,9 @@ def write_weights(folder: Path, specs: Mapping[str, Spec], evaluate: Callable[[s
         for file, names in zip(files, shards):
             _write_shard(folder / file, {n: specs[n] for n in names}, evaluate)
     except OSError as error:
-        raise ResourceError(f"cannot write the weights to {folder}", str(error), "free some disk space and build again") from error
+        raise ResourceError(
+            f"cannot write the weights to {folder}", str(error), "free some disk space and build again"
+        ) from error
     return files
 
 
@@ -71,7 +73,11 @@ def _write_shard(path: Path, specs: Mapping[str, Spec], evaluate: Callable[[str]
     ordered = sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n))
     for name in ordered:
         spec = specs[name]
-        header[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]}
+        header[name] = {
+            "dtype": _DTYPES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)
@@ -83,6 +89,6 @@ def _write_shard(path: Path, specs: Mapping[str, Spec], evaluate: Callable[[str]
             if tuple(value.shape) != specs[name].shape or value.dtype != specs[name].dtype:
                 raise ValueError(f"weight {name} is {value.dtype}{tuple(value.shape)}, the graph wants {specs[name]}")
             if value.numel():
-                file.write(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                value.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
         file.flush()
         os.fsync(file.fileno())

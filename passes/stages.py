@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 
+import torch
 from torch import fx
 
 from .graph import TracedGraph, dtype_of, op_name, shape_of
@@ -20,7 +21,6 @@ class Stage(enum.IntEnum):
     PLANNED = 5
 
 
-_ALWAYS_OUT = ("dropout", "native_dropout", "bernoulli", "rand", "randn", "multinomial")
 _OUT_ONCE_CLEAN = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten.alias", "aten.detach")
 _OUT_ONCE_CACHED = ("ingot.attention",)
 _ONLY_ONCE_CACHED = ("ingot.paged_attention", "ingot.cache_write", "ingot.cache_slots", "ingot.sample")
@@ -50,7 +50,7 @@ def _node_violations(node: fx.Node, traced: TracedGraph, stage: Stage) -> list[s
         registered = getattr(traced.gm, str(node.target), None)
         if registered is None or (tuple(registered.shape), registered.dtype) != (shape_of(node), dtype_of(node)):
             found.append(f"{node.name}: weight {node.target!r} is not registered with the node's shape and dtype")
-    if any(word == name.split(".")[-1] for word in _ALWAYS_OUT):
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         found.append(f"{node.name} ({name}): nothing random may stand in a graph")
     if stage >= Stage.CLEAN and name in _OUT_ONCE_CLEAN:
         found.append(f"{node.name} ({name}): clean-up must remove it")

@@ -18,7 +18,7 @@ def load_engines(artifact: OpenArtifact) -> EngineGroup:
     require_target(manifest.target, f"The artifact {artifact.root}")
     kinds = sorted({engine.kind for engine in manifest.engines})
     if kinds == ["aoti"]:
-        from .engines.aoti import load  # imports torch: only when such an engine is there
+        from .engines.aoti import load
 
         return load(artifact)
     raise VerificationError(

@@ -52,7 +52,7 @@ def replay(
         Per sequence float32 [1 + len(sequence) - prompt, vocabulary]: after the prompt, and after each further token.
     """
     prefill, decode = engines[pair.prefill], engines[pair.decode]
-    # Rows take their blocks from the end and the start in turn, so that neighbours in a batch are no neighbours in memory.
+    # Rows take their blocks from the end and the start in turn: neighbours in a batch are no neighbours in memory.
     free = list(range(1, cache.num_blocks))
     tables = []
     for row, sequence in enumerate(sequences):

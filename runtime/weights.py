@@ -13,8 +13,8 @@ import numpy as np
 from ..artifacts.errors import VerificationError
 
 _DTYPES = {
-    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64", "I32": "int32", "I8": "int8",
-    "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn",
+    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64", "I32": "int32",
+    "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn",
 }  # fmt: skip
 _LARGEST_HEADER = 25 << 20
 

@@ -33,7 +33,8 @@ class _Program(nn.Module):
         super().__init__()
         served = {overload(name) for name in C_SHIMS}
         graph = fx.Graph()
-        graph.graph_copy(traced.graph, mapping := {})
+        mapping: dict[fx.Node, fx.Node] = {}
+        graph.graph_copy(traced.graph, mapping)
         output = next(n for n in traced.graph.nodes if n.op == "output")
         graph.output(fx.node.map_arg(output.args[0], mapping.__getitem__))
         for node in graph.nodes:
@@ -94,7 +95,7 @@ def compile_engine(traced: TracedGraph, name: str, output: Path, isa: str) -> tu
                 return _unpack(Path(package), output)
     except IngotError:
         raise
-    except Exception as error:  # noqa: BLE001 - Inductor and the compilers behind it fail in any way
+    except Exception as error:
         raise _compiler_error(name, error) from error
 
 
@@ -114,7 +115,11 @@ def _configs(isa: str) -> dict[str, object]:
         configs["cpp.simdlen"] = 256
         # Older torch has no such setting and always compiles for the machine at hand.
         if not hasattr(torch._inductor.config.cpp, "march"):
-            raise UsageError('target.isa = "portable" needs torch 2.13', f"torch is {torch.__version__}", '--set isa=native, or update torch')
+            raise UsageError(
+                'target.isa = "portable" needs torch 2.13',
+                f"torch is {torch.__version__}",
+                "--set isa=native, or update torch",
+            )
         configs["cpp.march"] = "x86-64-v3"
     return configs
 
@@ -126,7 +131,11 @@ def _unpack(package: Path, output: Path) -> tuple[Constant, ...]:
         library = [n for n in names if n.endswith(".wrapper.so")]
         source = [n for n in names if n.endswith(".wrapper.cpp")]
         if len(library) != 1 or len(source) != 1:
-            raise ResourceError("AOTInductor made an unexpected package", f"it holds {', '.join(names)}", "report this with the torch version")
+            raise ResourceError(
+                "AOTInductor made an unexpected package",
+                f"it holds {', '.join(names)}",
+                "report this with the torch version",
+            )
         text = archive.read(source[0]).decode()
         with archive.open(library[0]) as packed, open(output, "wb") as file:
             shutil.copyfileobj(packed, file)
@@ -135,17 +144,50 @@ def _unpack(package: Path, output: Path) -> tuple[Constant, ...]:
     symbols = dict(_NAME.findall(text))
     weights = dict(_FQN.findall(text))
     if set(symbols) != set(weights):
-        raise ResourceError("AOTInductor's constants could not be read", "the generated source changed its form", "use a torch version the README names")
+        raise ResourceError(
+            "AOTInductor's constants could not be read",
+            "the generated source changed its form",
+            "use a torch version the README names",
+        )
     order = sorted(symbols, key=int)
     return tuple(Constant(symbols[i], weights[i].removeprefix("inner.")) for i in order)
 
 
+def missing_symbols(engine: Path, kernels: Path) -> list[str]:
+    """Tensor functions that an engine calls and the kernels library does not have: those of ATen.
+
+    An engine without any runs without torch on the machine; one with some needs libtorch.
+
+    Raises:
+        ResourceError: binutils' nm, which comes with every compiler, is missing.
+    """
+    wanted = _symbols(engine, "--undefined-only")
+    have = _symbols(kernels, "--defined-only")
+    return sorted(name for name in wanted - have if name.startswith(("aoti_torch", "Sleef_")))
+
+
+def _symbols(library: Path, which: str) -> set[str]:
+    try:
+        done = subprocess.run(["nm", "-D", which, str(library)], capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ResourceError(
+            f"the symbols of {library.name} cannot be read",
+            str(error),
+            "install binutils (Debian: apt-get install binutils)",
+        ) from error
+    return {line.split()[-1].split("@")[0] for line in done.stdout.splitlines() if line.strip()}
+
+
 def _compiler_error(name: str, error: Exception) -> ResourceError:
     text = str(error)
-    why = next((line for line in text.splitlines() if "error:" in line), text.strip().splitlines()[0] if text.strip() else "")
+    why = next(
+        (line for line in text.splitlines() if "error:" in line), text.strip().splitlines()[0] if text.strip() else ""
+    )
     fix = "check that g++ works and the disk has room; --debug shows the compiler's whole output"
-    if isinstance(error, FileNotFoundError) or "not find a C++ compiler" in text or "InvalidCxxCompiler" in type(error).__name__:
+    if (
+        isinstance(error, FileNotFoundError)
+        or "not find a C++ compiler" in text
+        or "InvalidCxxCompiler" in type(error).__name__
+    ):
         why, fix = "no C++ compiler was found", "install g++ (Debian: apt-get install g++) or set CXX"
     return ResourceError(f"engine {name} could not be compiled", f"{type(error).__name__}: {why[:500]}", fix)
-
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+import signal
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,16 @@ _KERNELS = ("linear.cpp", "attention.cpp", "sample.cpp", "run.cpp")
 _SHIM = ("shim.cpp", "memory.cpp", "sleef.cpp")
 _ISA_FLAGS = {"native": "-march=native", "portable": "-march=x86-64-v3"}
 # -fno-math-errno and -fno-trapping-math free the vectorizer; values, NaN and infinities among them, keep their meaning.
-_FLAGS = (
-    "-std=gnu++17 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast"
-).split()
+_FLAGS = [
+    "-std=gnu++17",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+]
 
 C_SHIMS: dict[str, list[str]] = {
     "linear_dense": [
@@ -77,7 +85,19 @@ def compile_kernels(output: Path, *, isa: str = "native", with_shim: bool = True
             list(pool.map(compile_one, sources, objects))
         library = Path(folder) / output.name
         soname = kernels_soname(isa=isa, with_shim=with_shim)
-        _run([*compiler, "-shared", "-fopenmp", f"-Wl,-soname,{soname}", *objects, "-o", str(library)], timeout)
+        _run(
+            [
+                *compiler,
+                "-shared",
+                "-fopenmp",
+                "-Wl,--exclude-libs,ALL",
+                f"-Wl,-soname,{soname}",
+                *objects,
+                "-o",
+                str(library),
+            ],
+            timeout,
+        )
         library.replace(output)
 
 
@@ -96,7 +116,15 @@ def kernels_soname(*, isa: str = "native", with_shim: bool = True) -> str:
 def _run(command: list[str], timeout: float) -> None:
     """Run one compiler command; what it says goes into the error."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        # A session of its own: a compiler that hangs is stopped together with the processes it started.
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
     except FileNotFoundError as error:
         raise ResourceError(
             f"The C++ compiler '{command[0]}' was not found.",
@@ -107,16 +135,26 @@ def _run(command: list[str], timeout: float) -> None:
         raise ResourceError(
             f"The C++ compiler '{command[0]}' could not be started: {error}.", fix="Set CXX to a working compiler."
         ) from error
+    try:
+        _, said = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired as error:
         raise ResourceError(
             f"The C++ compiler took more than {timeout:.0f} s and was stopped.",
             f"Command: {shlex.join(command)}",
             "Check that the machine has memory and a free core, or set CXX to another compiler.",
         ) from error
-    if done.returncode != 0:
-        how = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"returned {done.returncode}"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode != 0:
+        how = (
+            f"was killed by signal {-process.returncode}"
+            if process.returncode < 0
+            else f"returned {process.returncode}"
+        )
         raise ResourceError(
             f"Compiling the CPU kernels failed: the compiler {how}.",
-            f"{shlex.join(command)}\n{done.stderr.strip()[-2000:]}",
+            f"{shlex.join(command)}\n{said.strip()[-2000:]}",
             "A C++17 compiler with OpenMP is needed (g++ 11 or later); a killed compiler usually ran out of memory.",
         )

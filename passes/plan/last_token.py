@@ -38,7 +38,7 @@ class GatherLastToken:
             if not chain:
                 outcome.miss(logits.name, "no LM head found behind the logits: all of them are computed")
             x = operands(chain[0])[0] if chain else logits
-            row = _gather(traced, x, ctx.batch)
+            row = _gather(traced, x, ctx.batch, chain[0] if chain else output)
             for node in chain:
                 _apply_to(node, x, row)
             logits = chain[-1] if chain else row
@@ -51,15 +51,13 @@ class GatherLastToken:
         return outcome
 
 
-def _gather(traced: TracedGraph, x: fx.Node, batch: int) -> fx.Node:
-    """x [batch, length, width] at the new input last_index [batch] int64, as [batch, 1, width]."""
+def _gather(traced: TracedGraph, x: fx.Node, batch: int, reader: fx.Node) -> fx.Node:
+    """x [batch, length, width] at the new input last_index [batch] int64, as [batch, 1, width], before `reader`."""
     graph = traced.graph
     last = add_input(traced, "last_index", (batch,), torch.int64)
-    with graph.inserting_after(x):
+    with graph.inserting_before(reader):
         index = emit(graph, aten.reshape.default, last, [batch, 1, 1])
-    with graph.inserting_after(index):
         wide = emit(graph, aten.expand.default, index, [batch, 1, shape_of(x)[2]])
-    with graph.inserting_after(wide):
         return emit(graph, aten.gather.default, x, 1, wide)
 
 

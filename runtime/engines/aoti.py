@@ -7,6 +7,7 @@ group bind the same mapped weights and write the same KV cache.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 from collections.abc import Mapping
@@ -37,12 +38,16 @@ class _Host:
     """The library that owns tensors, and the helper that runs an engine in one call."""
 
     def __init__(self, artifact: OpenArtifact) -> None:
-        if artifact.manifest.target.host_library == "libtorch":
-            _open(_libtorch(), "libtorch")
+        # Toolchains that link the C++ library statically put a copy into every engine; symbols that are unique in a
+        # process then mix with those of the copy other extensions brought. With the shared one loaded first and
+        # globally, all agree on it.
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libstdc++.so.6", ctypes.RTLD_GLOBAL)
+        owner = _open(_libtorch(), "libtorch") if artifact.manifest.target.host_library == "libtorch" else None
         libraries = dict.fromkeys(lib for e in artifact.manifest.engines for lib in e.libraries)
         for library in libraries:
             self.kernels = _open(artifact.path(library), library)
-        self.blob = self.kernels.aoti_torch_create_tensor_from_blob
+        self.blob = (owner or self.kernels).aoti_torch_create_tensor_from_blob
         self.run = self.kernels.ingot_run
         self.run.argtypes = [_Handle, _Handle, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
         self.last_error = self.kernels.ingot_last_error
@@ -50,7 +55,8 @@ class _Host:
 
     def tensor(self, address: int, shape: tuple[int, ...], dtype: str) -> int:
         """A handle on memory that the caller keeps alive."""
-        strides, step = [], 1
+        strides: list[int] = []
+        step = 1
         for size in reversed(shape):
             strides.insert(0, step)
             step *= max(size, 1)
@@ -69,14 +75,22 @@ def _open(path: Path, name: str, mode: int = ctypes.RTLD_GLOBAL) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path), mode)
     except OSError as error:
-        raise VerificationError(f"{name} cannot be loaded", str(error), "build the artifact on this machine, or run it where it was built for") from error
+        raise VerificationError(
+            f"{name} cannot be loaded",
+            str(error),
+            "build the artifact on this machine, or run it where it was built for",
+        ) from error
 
 
 def _libtorch() -> Path:
     """libtorch_cpu.so of the installed torch, found without importing torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise VerificationError("this artifact needs torch's libraries", "torch is not installed", "pip install torch, or rebuild without ops that need ATen")
+        raise VerificationError(
+            "this artifact needs torch's libraries",
+            "torch is not installed",
+            "pip install torch, or rebuild without ops that need ATen",
+        )
     return Path(spec.origin).parent / "lib" / "libtorch_cpu.so"
 
 
@@ -114,8 +128,13 @@ class AOTIEngine:
         self._bind(weights)
         self._buffers = {b.name: _aligned(b.shape, b.dtype) for b in entry.inputs if b.name not in caches}
         self._outputs = {b.name: _aligned(b.shape, b.dtype) for b in entry.outputs}
-        self._inputs = {**self._buffers, **{name: caches[name][0] for name in (b.name for b in entry.inputs) if name in caches}}
-        handles = [caches[b.name][1] if b.name in caches else self._handle(self._buffers[b.name], b) for b in entry.inputs]
+        self._inputs = {
+            **self._buffers,
+            **{name: caches[name][0] for name in (b.name for b in entry.inputs) if name in caches},
+        }
+        handles = [
+            caches[b.name][1] if b.name in caches else self._handle(self._buffers[b.name], b) for b in entry.inputs
+        ]
         self._input_handles = (_Handle * len(handles))(*handles)
         made = [self._handle(self._outputs[b.name], b) for b in entry.outputs]
         self._output_handles = (_Handle * len(made))(*made)
@@ -164,32 +183,49 @@ class AOTIEngine:
 
     def _check(self, status: int, done: str) -> None:
         if status:
-            raise VerificationError(f"engine {self.entry.name} could not be {done}", "the engine refused", "build the artifact again")
+            raise VerificationError(
+                f"engine {self.entry.name} could not be {done}", "the engine refused", "build the artifact again"
+            )
 
     def _bind(self, weights: Mapping[str, int]) -> None:
-        """Bind weights by name. A name left out would be a null pointer at the first run, so the sets are compared first."""
+        """Bind weights by name; sets first, since a name left out is a null pointer at the first run."""
         library = self._library
         count = ctypes.c_size_t()
-        self._check(library.AOTInductorModelContainerGetNumConstants(self._container, ctypes.byref(count)), "asked for its weights")
+        self._check(
+            library.AOTInductorModelContainerGetNumConstants(self._container, ctypes.byref(count)),
+            "asked for its weights",
+        )
         wanted = set()
         for index in range(count.value):
             name = ctypes.c_char_p()
             self._check(
-                library.AOTInductorModelContainerGetConstantName(self._container, ctypes.c_size_t(index), ctypes.byref(name)),
+                library.AOTInductorModelContainerGetConstantName(
+                    self._container, ctypes.c_size_t(index), ctypes.byref(name)
+                ),
                 "asked for its weights",
             )
             wanted.add((name.value or b"").decode())
         named = {c.symbol: c.weight for c in self.entry.constants}
         if wanted != set(named):
             odd = ", ".join(sorted(wanted ^ set(named))[:5])
-            raise VerificationError(f"engine {self.entry.name} and the manifest disagree about its weights", f"they differ in {odd}", "build the artifact again")
+            raise VerificationError(
+                f"engine {self.entry.name} and the manifest disagree about its weights",
+                f"they differ in {odd}",
+                "build the artifact again",
+            )
         missing = sorted(w for w in named.values() if w not in weights)
         if missing:
-            raise VerificationError(f"weights of engine {self.entry.name} are missing", ", ".join(missing[:5]), "build the artifact again")
+            raise VerificationError(
+                f"weights of engine {self.entry.name} are missing", ", ".join(missing[:5]), "build the artifact again"
+            )
         pairs = [_ConstantEntry(symbol.encode(), weights[weight]) for symbol, weight in named.items()]
         self._check(
             library.AOTInductorModelContainerUpdateUserManagedConstantBufferPairs(
-                self._container, (_ConstantEntry * len(pairs))(*pairs), ctypes.c_size_t(len(pairs)), ctypes.c_bool(False), ctypes.c_bool(True)
+                self._container,
+                (_ConstantEntry * len(pairs))(*pairs),
+                ctypes.c_size_t(len(pairs)),
+                ctypes.c_bool(False),
+                ctypes.c_bool(True),
             ),
             "given its weights",
         )

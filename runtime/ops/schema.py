@@ -20,9 +20,9 @@ def _attention_shape(q: Tensor, v_like: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_like.shape[-1])
 
 
-def _sum_and_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _sum_and_norm(x: Tensor, residual: Tensor, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
     total = torch.empty_like(x + residual)
-    return total, torch.empty_like(total)
+    return total, torch.empty_like(total, memory_format=layout)
 
 
 _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
@@ -70,12 +70,12 @@ _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
     "add_rms_norm": (
         "(Tensor x, Tensor residual, Tensor weight, float eps, float offset, bool narrow_first) -> (Tensor, Tensor)",
         reference.add_rms_norm,
-        lambda x, residual, weight, eps, offset, narrow_first: _sum_and_norm(x, residual),
+        lambda x, residual, weight, eps, offset, narrow_first: _sum_and_norm(x, residual, torch.preserve_format),
     ),
     "add_layer_norm": (
         "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
         reference.add_layer_norm,
-        lambda x, residual, weight, bias, eps: _sum_and_norm(x, residual),
+        lambda x, residual, weight, bias, eps: _sum_and_norm(x, residual, torch.contiguous_format),
     ),
     "gated_activation": (
         "(Tensor x, str kind, bool gate_first) -> Tensor",
@@ -85,7 +85,7 @@ _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
     "rotate_half": (
         "(Tensor x, Tensor cos, Tensor sin) -> Tensor",
         reference.rotate_half,
-        lambda x, cos, sin: torch.empty_like(x, memory_format=torch.contiguous_format),
+        lambda x, cos, sin: torch.empty_like(x),
     ),
     "sample": (
         "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor positions)"

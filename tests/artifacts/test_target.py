@@ -7,6 +7,7 @@ import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ingot.artifacts import target as module
@@ -53,7 +54,7 @@ def test_this_machine_fits_itself() -> None:
         ({"host_library": "libtorch", "torch": "2.12.0"}, ["2.12", "2.13.1", 'pip install "torch==2.12.*"']),
     ],
 )
-def test_each_reason_is_named(change: dict[str, object], words: list[str]) -> None:
+def test_each_reason_is_named(change: dict[str, Any], words: list[str]) -> None:
     [reason] = check_target(dataclasses.replace(HOST, **change), HOST)
     assert all(word in reason for word in words)
 

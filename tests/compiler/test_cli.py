@@ -216,7 +216,9 @@ def test_inspect_json(run: Run, artifact: Path) -> None:
     assert code == 0
     assert facts["digest"] == Manifest.from_json((artifact / "manifest.json").read_text()).digest()
     decode = next(engine for engine in facts["engines"] if engine["name"] == "decode-b1")
-    assert decode["exactness"] == {"max_relative_error": 2.1e-07, "mean_kl": 3.4e-12, "top1": 1.0}
+    assert decode["exactness"] == {
+        "max_kl": 1.2e-11, "max_relative_error": 2.1e-07, "mean_kl": 3.4e-12, "tokens": 67, "top1": 1.0,
+    }  # fmt: skip
     assert decode["size_bytes"] == len("engines/decode-b1.so")
     assert facts["passes"][1] == {"name": "fuse-rms-norm", "changed": 5, "missed": 1, "exact": True}
 
@@ -227,6 +229,7 @@ def test_inspect_survives_reports_of_any_form(run: Run, tmp_path: Path) -> None:
         ([{}], {}),
         ([{"name": 3, "changed": "x", "missed": {"a": 1}}], {"engines": [1], "passed": "yes", "task": [3]}),
         ([{"name": "\x1b[2J"}], {"engines": {"decode-b1": [1, "\x1b"]}, "task": {"x": True}}),
+        ([], {"engines": {"decode-b1": {"\x1b": 1.0}, "x": 3}}),
     ]
     for index, (passes, gate) in enumerate(odd):
         folder = tmp_path / str(index)
@@ -242,8 +245,8 @@ def test_inspect_survives_reports_of_any_form(run: Run, tmp_path: Path) -> None:
 
 def test_passes_of_several_engines_are_summed() -> None:
     manifest = Manifest.from_json(GOLDEN.read_text())
-    records = [{"engine": e, "name": "p", "changed": 2, "missed": [{}], "exact": False} for e in ("a", "b")]
-    facts = artifact_commands.describe(replace(manifest, passes=records))
+    record: dict[str, Any] = {"name": "p", "changed": 2, "missed": [{}], "exact": False}
+    facts = artifact_commands.describe(replace(manifest, passes=[{"engine": e, **record} for e in ("a", "b")]))
     assert facts["passes"] == [{"name": "p", "changed": 4, "missed": 2, "exact": False}]
 
 
@@ -450,9 +453,8 @@ def test_build_passes_everything_on(run: Run, built: list[dict[str, Any]], tmp_p
     )
     assert code == 2
     assert "ambiguous" in err
-    code, stdout, err = run(
-        "build", DEMO, "-o", out, "--model", tmp_path / "model", "--force", "--dump-ir", tmp_path, "--set", "isa=portable"
-    )
+    flags = ["--model", tmp_path / "model", "--force", "--dump-ir", tmp_path, "--set", "isa=portable"]
+    code, stdout, err = run("build", DEMO, "-o", out, *flags)
     assert code == 0
     (call,) = built
     assert (call["output"], call["force"], call["dump_ir"]) == (out, True, tmp_path)

@@ -7,7 +7,19 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Around the vector widths, the tiles of 2 to 4, panels of 12 and 48, blocks of 1024 and the threshold for threads.
-SHAPES = ((1, 1), (3, 5), (12, 8), (13, 17), (48, 64), (49, 63), (64, 512), (130, 100), (70, 1024), (37, 1029), (9, 2500))
+SHAPES = (
+    (1, 1),
+    (3, 5),
+    (12, 8),
+    (13, 17),
+    (48, 64),
+    (49, 63),
+    (64, 512),
+    (130, 100),
+    (70, 1024),
+    (37, 1029),
+    (9, 2500),
+)
 ROWS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 70)
 
 
@@ -68,7 +80,9 @@ def test_leading_dimensions_and_strided_input(kernels):
     for x in (wide[..., :40], wide[..., 40:], wide[:, 1:2, ::2], wide.transpose(0, 1)[..., 3:43], wide[0, 0, :40]):
         result = kernels.call("linear_dense", x, w, None)
         assert result.shape == (*x.shape[:-1], 20)
-        assert torch.equal(result.reshape(-1, 20), kernels.call("linear_dense", x.reshape(-1, 40).contiguous(), w, None))
+        assert torch.equal(
+            result.reshape(-1, 20), kernels.call("linear_dense", x.reshape(-1, 40).contiguous(), w, None)
+        )
 
 
 def test_an_empty_batch_gives_an_empty_result(kernels):

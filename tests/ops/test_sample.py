@@ -112,7 +112,7 @@ def test_a_row_is_the_same_in_every_batch_and_differs_by_position(kernels):
 
 
 def test_a_draw_of_exactly_one_is_not_a_certain_win(kernels):
-    """(r >> 8) + 0.5 rounds to 2^24 for the largest r, whose noise would be infinite: find such a token and outvote it."""
+    """float32 rounds the largest uniform up to 1, whose noise would be infinite: find such a token and outvote it."""
     size = 1 << 16
     seed, index = next(
         (s, int(u.argmax())) for s in range(2000) if (u := uniform(s, 0, size)).max() == np.float32(1 - 2**-24)

@@ -14,7 +14,12 @@ from .conftest import Handle, Kernels
 def view(kernels: Kernels, handle: Handle, sizes: list[int], strides: list[int], offset: int) -> Handle:
     numbers, made = ctypes.c_int64 * len(sizes), Handle()
     status = kernels.library.aoti_torch__reinterpret_tensor(
-        handle, ctypes.c_int64(len(sizes)), numbers(*sizes), numbers(*strides), ctypes.c_int64(offset), ctypes.byref(made)
+        handle,
+        ctypes.c_int64(len(sizes)),
+        numbers(*sizes),
+        numbers(*strides),
+        ctypes.c_int64(offset),
+        ctypes.byref(made),
     )
     assert status == 0, kernels.error()
     return made
@@ -92,7 +97,9 @@ def test_zero_touches_nothing_but_the_tensor(kernels):
 def test_the_constants_are_torchs(kernels):
     """Compared with libtorch's own answers: engines carry some of these numbers as literals."""
     torch_library = ctypes.CDLL(torch.__file__.replace("__init__.py", "lib/libtorch_cpu.so"))
-    exported = subprocess.run(["nm", "-D", "--defined-only", kernels.library._name], capture_output=True, text=True).stdout
+    exported = subprocess.run(
+        ["nm", "-D", "--defined-only", kernels.library._name], capture_output=True, text=True
+    ).stdout
     names = [
         line.split()[-1]
         for line in exported.splitlines()
@@ -112,7 +119,14 @@ def test_what_cannot_be_is_refused(kernels):
 
 
 ENGINE = ctypes.CFUNCTYPE(
-    ctypes.c_int32, Handle, ctypes.POINTER(Handle), ctypes.c_size_t, ctypes.POINTER(Handle), ctypes.c_size_t, Handle, Handle
+    ctypes.c_int32,
+    Handle,
+    ctypes.POINTER(Handle),
+    ctypes.c_size_t,
+    ctypes.POINTER(Handle),
+    ctypes.c_size_t,
+    Handle,
+    Handle,
 )
 
 
@@ -146,11 +160,15 @@ def test_run_gives_fresh_handles_and_copies_results(kernels):
 
 @pytest.mark.parametrize("name,function", [("exp", torch.exp), ("tanh", torch.tanh), ("log", torch.log)])
 def test_vector_functions_are_exported_for_engines(kernels, name, function):
-    exported = subprocess.run(["nm", "-D", "--defined-only", kernels.library._name], capture_output=True, text=True).stdout
+    exported = subprocess.run(
+        ["nm", "-D", "--defined-only", kernels.library._name], capture_output=True, text=True
+    ).stdout
     assert f"Sleef_{name}f" in exported
 
 
 def test_the_library_needs_no_torch(kernels):
     needed = subprocess.run(["ldd", kernels.library._name], capture_output=True, text=True).stdout
-    missing = subprocess.run(["nm", "-D", "--undefined-only", kernels.library._name], capture_output=True, text=True).stdout
+    missing = subprocess.run(
+        ["nm", "-D", "--undefined-only", kernels.library._name], capture_output=True, text=True
+    ).stdout
     assert "torch" not in needed and "aoti_torch" not in missing and "libgomp" in needed

@@ -43,7 +43,7 @@ class FakeEngine:
         self.calls = {"run": 0, "advance": 0}
         batch, length = entry.batch, entry.length
         # Poison: what the runner does not write must not matter.
-        self._inputs = {
+        self._inputs: dict[str, np.ndarray] = {
             "tokens": np.full((batch, length), 5, np.int64),
             "positions": np.full((batch, length), 3, np.int64),
             "block_tables": np.full((batch, group.max_blocks), 1, np.int32),
@@ -112,11 +112,10 @@ class FakeEngine:
             index = np.arange(position + 1)
             tokens = group.cache[inputs["block_tables"][row][index // size].astype(np.int64) * size + index % size]
             group.logits[row] = group.model(tokens)
-            parameters = [float(inputs["temperature"][row]), int(inputs["top_k"][row])]
-            parameters += [float(inputs["top_p"][row]), float(inputs["min_p"][row])]
             if np.isfinite(group.logits[row]).all():
-                seed = int(inputs["seeds"][row])
-                group.sampled[row] = sample_row(group.logits[row], *parameters, seed, position)  # type: ignore[arg-type]
+                temperature, top_k = float(inputs["temperature"][row]), int(inputs["top_k"][row])
+                top_p, min_p, seed = float(inputs["top_p"][row]), float(inputs["min_p"][row]), int(inputs["seeds"][row])
+                group.sampled[row] = sample_row(group.logits[row], temperature, top_k, top_p, min_p, seed, position)
             else:
                 group.sampled[row] = int(group.logits[row].argmax())
 

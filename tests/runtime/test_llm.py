@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -208,9 +209,10 @@ def test_chat(llm: LLM, make_llm: MakeLLM) -> None:
     pieces = list(llm.stream(messages, GREEDY))  # type: ignore[arg-type]
     assert "".join(piece.outputs[0].text for piece in pieces) == output.outputs[0].text
     assert llm.chat(messages, GREEDY, add_generation_prompt=False)[0].prompt == "<|user|>Hi</s>\n"
-    for wrong in ([], "Hi", [[]], 5, [5]):
+    refused: list[Any] = [[], "Hi", [[]], 5, [5]]
+    for wrong in refused:
         with pytest.raises(UsageError, match="no messages"):
-            llm.chat(wrong)  # type: ignore[arg-type]
+            llm.chat(wrong)
     with pytest.raises(UsageError, match="has no chat template"):
         make_llm(template=None).chat(messages)
 

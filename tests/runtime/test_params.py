@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from ingot.artifacts.errors import UsageError
 from ingot.runtime import SamplingParams
 
 NAN, INF = float("nan"), float("inf")
-WRONG = {
+WRONG: dict[str, list[Any]] = {
     "n": [0, -1, 129, 10**9, "3", True, 1.0, None],
     "temperature": [NAN, INF, -INF, -0.1, 1e39, 10**400, "1", True, None],
     "top_k": [-2, 2**31, 1.5, "5", False],

@@ -1,0 +1,67 @@
+# Everything there is to type. A fresh machine needs python 3.11 or newer, make, g++ and an index that pip can reach.
+#
+#   make demo     install, build the bundled model, generate with it, print the report
+#   make test     install with the development tools, then every check and every test
+#   make check    formatting, lint, types and the floors' imports alone
+#   make bench    measure; BENCH="--quick" or BENCH="--models demo --json mine" narrows it
+#   make setup    install only            make clean    remove what make and builds made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INGOT := $(BIN)/ingot
+DEMO := artifacts/built/demo
+BENCH ?=
+
+.PHONY: help setup demo test check types bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(VENV)/installed
+
+# Stamps: as long as neither file changes, a second run does nothing here.
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "error: $(PYTHON) is not Python 3.11 or newer; try: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/created
+	$(PIP) -e ".[compile]"
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/created
+	$(PIP) -e ".[dev]"
+	@touch $@ $(VENV)/installed
+
+demo: setup
+	$(INGOT) build recipes/demo.toml -o $(DEMO)
+	@echo '--- ingot run $(DEMO) "Once upon a time"'
+	@$(INGOT) run $(DEMO) "Once upon a time" --temperature 0.8 --seed 7 --max-tokens 160 --timings
+	@echo '--- ingot run $(DEMO) "What is 27 plus 15?" --chat'
+	@$(INGOT) run $(DEMO) "What is 27 plus 15?" --chat --temperature 0 --timings
+	@echo '--- ingot inspect $(DEMO)'
+	@$(INGOT) inspect $(DEMO)
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+# mypy names a package after its folder. Through this link the root is `ingot` whatever the clone is called.
+types: $(VENV)/installed-dev
+	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/ingot
+	cd $(VENV)/types && ../bin/mypy --config-file ingot/pyproject.toml -p ingot
+
+bench: setup
+	$(BIN)/python -m ingot.benchmarks $(BENCH)
+
+clean:
+	rm -rf $(VENV) artifacts/built build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,110 @@
+"""What a build writes down about itself: the manifest's facts, the reports, and the provenance beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..artifacts.manifest import CacheLayer, EngineEntry, FileEntry, KVCache, Manifest, Model, Target
+from ..artifacts.target import host_target
+from .assets import write_assets
+from .backends.aoti import input_buffers, output_buffers
+from .model_weights import ModelWeights
+from .plan import Plan
+
+
+def draft_manifest(plan: Plan, weights: ModelWeights) -> Manifest:
+    """All that is known before compiling."""
+    recipe, config = plan.recipe, plan.config
+    graph = next(iter(plan.graphs.values()))
+    context = next(iter(plan.contexts.values()))
+    facts = next(r.facts for r in next(iter(plan.records.values())) if "layers" in r.facts)
+    layers = tuple(CacheLayer(tuple(x["key"]), tuple(x["value"]), x["window"]) for x in facts["layers"])  # type: ignore[attr-defined]
+    logits = output_buffers(graph)[1]
+    host = host_target()
+    parameters = sum(getattr(graph.gm, name).numel() for name in graph.weights.entries)
+    model = Model(
+        architecture=str((config.get("architectures") or [config["model_type"]])[0]), model_type=config["model_type"],
+        vocab_size=logits.shape[1], max_length=recipe.model.max_length, dtype=recipe.model.dtype,
+        hidden_size=int(config.get("hidden_size") or config.get("n_embd") or 1), num_layers=len(layers),
+        parameters=parameters,
+    )  # fmt: skip
+    isa = tuple(host.isa) if recipe.target.isa == "native" else ("avx2", "f16c", "fma")
+    target = Target("cpu", host.system, host.machine, isa, "none", torch.__version__.split("+")[0])
+    import transformers
+
+    toolchain = {
+        "ingot": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "compiler": _compiler_version(),
+    }
+    cache = KVCache(context.block_size, context.num_blocks, context.max_blocks, recipe.model.dtype, layers)
+    record = {**recipe.to_dict(), "weights_digest": weights.digest()}
+    return Manifest(1, recipe.name, __version__, model, target, toolchain, record, cache, (), (), [], {}, ())
+
+
+def planned_manifest(plan: Plan, weights: ModelWeights, root: Path) -> Manifest:
+    """The manifest of a plan whose engines are not compiled, with the assets in `root`: for running graphs eagerly."""
+    manifest = draft_manifest(plan, weights)
+    write_assets(plan.config, plan.folder, root, manifest.model.vocab_size)
+    engines = tuple(
+        EngineEntry(s.name, "aoti", s.phase, s.batch, s.length, "", input_buffers(g), output_buffers(g), (), ())
+        for s in plan.recipe.engines()
+        if (g := plan.graphs[s.name])
+    )
+    return listed(root, replace(manifest, engines=engines))
+
+
+def _compiler_version() -> str:
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if shutil.which(compiler) is None:
+        return ""
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=30)
+    return done.stdout.splitlines()[0] if done.stdout else ""
+
+
+def listed(root: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the files as they stand, undigested: for the child processes of the build itself."""
+    files = tuple(
+        FileEntry(p.relative_to(root).as_posix(), p.stat().st_size, "0" * 64)
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    )
+    return replace(manifest, files=files)
+
+
+def reports(plan: Plan, gate_report: dict[str, Any]) -> dict[str, Any]:
+    """What goes into the artifact: without times, which would make equal builds differ."""
+    passes = []
+    for engine, records in plan.records.items():
+        for record in records:
+            entry = asdict(record)
+            del entry["time_ms"]
+            entry["missed"] = entry["missed"][:20]
+            entry["facts"] = {k: v for k, v in entry["facts"].items() if k not in ("inputs", "layers")}
+            passes.append({"engine": engine, **entry})
+    return {"passes": passes, "gate": gate_report}
+
+
+def write_provenance(root: Path, started: str, stages: Mapping[str, float], plan: Plan) -> None:
+    """Times and host: beside the manifest, outside its digest."""
+    times = {engine: {r.name: round(r.time_ms, 3) for r in records} for engine, records in plan.records.items()}
+    facts = {
+        "started": started, "host": platform.node(), "system": platform.platform(), "python": platform.python_version(),
+        "stage_s": {k: round(v, 3) for k, v in stages.items()}, "pass_ms": times,
+    }  # fmt: skip
+    (root / "report" / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
+    lines = [f"{started} build of {plan.recipe.name}"]
+    lines += [f"{seconds:8.2f} s  {name}" for name, seconds in stages.items()]
+    (root / "report" / "build.log").write_text("\n".join(lines) + "\n")
