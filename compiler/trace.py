@@ -14,6 +14,9 @@ from ..passes.graph import TracedGraph, meta_like
 from ..passes.weights import Constant, Stored, Weights
 from ..runtime.ops.schema import overload
 
+# Chunked attention is refused where it is called, with its own reason.
+_CACHED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+
 
 class _LogitsOnly(nn.Module):
     """The model as a function of tokens and positions."""
@@ -37,6 +40,7 @@ def trace(model: nn.Module, batch: int, length: int) -> TracedGraph:
         UnsupportedModelError: the model does not trace, or keeps state other than attention's keys and values.
     """
     name = type(model).__name__
+    _check_layers(model)
     buffers = dict(model.named_buffers(remove_duplicate=False))
     shadow = _LogitsOnly(model)
     inputs = tuple(torch.zeros(batch, length, dtype=torch.int64, device="meta") for _ in range(2))
@@ -70,6 +74,18 @@ def trace(model: nn.Module, batch: int, length: int) -> TracedGraph:
             "use a model whose attention can be replaced (attn_implementation)",
         )
     return _flatten(gm, buffers)
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Refuse by transformers' own words for a layer's kind: tracing what is refused in the end can take minutes."""
+    kinds = dict.fromkeys(getattr(model.config, "layer_types", None) or ())
+    other = [str(kind) for kind in kinds if kind not in _CACHED_LAYERS]
+    if other:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has layers of the kind {', '.join(other)}",
+            "their state is not the keys and values of causal or sliding-window attention, which alone is cached",
+            "use a model that has nothing but such attention",
+        )
 
 
 def _first_line(error: BaseException) -> str:
