@@ -63,8 +63,8 @@ class Oracle:
         self.budget = numeric_gate.budget_for(recipe)
         self.tried: list[str] = []
 
-    def shortfalls(self, passes: Sequence[GraphPass]) -> list[str]:
-        """What these passes' graphs miss of the budget."""
+    def shortfalls(self, passes: Sequence[GraphPass], label: str = "all passes") -> list[str]:
+        """What these passes' graphs miss of the budget; `label` names the prefix in the record of what was tried."""
         graphs = {name: copy_graph(traced) for name, traced in self.traces.items()}
         for name, graph in graphs.items():
             run_passes(graph, passes, self.plan.contexts[name])
@@ -73,7 +73,7 @@ class Oracle:
         group = EagerGroup(graphs, self.load)
         found: list[np.ndarray] = replay(group.engines, cache, self.pair, self.tokens.sequences, self.tokens.prompts)
         missed = self.budget.shortfalls(compare(self.reference, found), self.own)
-        self.tried.append(f"{passes[-1].name if passes else 'trace'}: {missed[0] if missed else 'within budget'}")
+        self.tried.append(f"{label}: {missed[0] if missed else 'within budget'}")
         return missed
 
 
@@ -103,10 +103,10 @@ def search(oracle: Oracle, passes: Sequence[GraphPass]) -> Culprit:
     if not whole:
         return Culprit(
             None,
-            "no pass does: the rewritten graphs are within budget when run eagerly; the back end's code is not",
+            "no pass does: run eagerly, the graphs are within budget; if the engines are not, it is the back end",
             tuple(oracle.tried),
         )
-    if bare := oracle.shortfalls(prefix(0)):
+    if bare := oracle.shortfalls(prefix(0), "only what is needed to run"):
         return Culprit(
             None,
             f"the trace with nothing but {', '.join(STRUCTURAL)} already misses the budget: {bare[0]}",
@@ -115,7 +115,7 @@ def search(oracle: Oracle, passes: Sequence[GraphPass]) -> Culprit:
     good, bad, detail = 0, len(passes), whole[0]
     while bad - good > 1:
         middle = (good + bad) // 2
-        missed = oracle.shortfalls(prefix(middle))
+        missed = oracle.shortfalls(prefix(middle), f"up to {passes[middle - 1].name}")
         if missed:
             bad, detail = middle, missed[0]
         else:

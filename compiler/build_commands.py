@@ -10,8 +10,9 @@ import argparse
 import dataclasses
 import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts.errors import GateError, IngotError, UsageError
 from ..artifacts.writer import check_destination
@@ -20,6 +21,9 @@ from .console import open_progress, print_table, size_text
 from .model_source import check_output
 from .quiet import quiet_libraries
 from .recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from ..passes.base import GraphPass
 
 
 def build(args: argparse.Namespace) -> int:
@@ -34,7 +38,10 @@ def build(args: argparse.Namespace) -> int:
     with open_progress(args.json) as progress, quiet_libraries(not args.debug):
         from .build import build as build_artifact
 
-        result = build_artifact(recipe, output, force=args.force, dump_ir=args.dump_ir, progress=progress)
+        passes = _pipeline(args.plant)
+        result = build_artifact(
+            recipe, output, force=args.force, dump_ir=args.dump_ir, progress=progress, passes=passes
+        )
     facts = describe(result.manifest)
     if args.json:
         seconds = {name: round(value, 3) for name, value in result.stages.items()}
@@ -67,7 +74,7 @@ def bisect(args: argparse.Namespace) -> int:
     with open_progress(args.json) as progress, quiet_libraries(not args.debug):
         from .bisect import bisect as find
 
-        result = find(recipe, progress=progress)
+        result = find(recipe, progress=progress, passes=_pipeline(args.plant))
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
@@ -76,12 +83,20 @@ def bisect(args: argparse.Namespace) -> int:
     return GateError.exit_code if result.name else 0
 
 
+def _pipeline(fault: str | None) -> Sequence[GraphPass]:
+    """The pipeline, with a fault planted on request."""
+    from .faults import plant
+    from .pipelines import PIPELINE
+
+    return PIPELINE if fault is None else plant(fault, PIPELINE)
+
+
 def families(args: argparse.Namespace) -> int:
     """Print the table of model families with token-exactness; the exit code is the gate's if one is not exact."""
     with open_progress(args.json) as progress, quiet_libraries(not args.debug):
         from .families import run
 
-        rows: list[dict[str, Any]] = run(args.names, progress=progress)
+        rows: list[dict[str, Any]] = run(args.names, progress=progress, compile_engines=not args.eager)
     if unknown := set(args.names) - {row.get("family") for row in rows}:
         raise UsageError(f"there is no family {min(unknown)!r}", "recipes/families.toml lists them", "correct the name")
     if args.json:

@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--model", metavar="DIR_OR_HUB_ID", help="a model folder, or organisation/name@COMMIT")
     build.add_argument("--dry-run", action="store_true", help="print recipe and plan; read no weights")
     build.add_argument("--force", action="store_true", help="replace an existing artifact")
+    build.add_argument("--plant", metavar="FAULT", help="put a known fault into the pipeline, to see the gate catch it")
     build.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph after each pass that changed it")
     _run_options(command("run", "generate text from an artifact"))
     for name, summary in (("inspect", "say what an artifact is"), ("verify", "check an artifact against its manifest")):
@@ -130,8 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     bisect = command("bisect", "find the pass that breaks the numbers")
     takes_recipe(bisect)
     bisect.add_argument("--model", metavar="DIR_OR_HUB_ID", help="as in build")
+    bisect.add_argument("--plant", metavar="FAULT", help="put a known fault into the pipeline first, to see it found")
     families = command("families", "compare model families with transformers, token by token")
     families.add_argument("names", nargs="*", metavar="FAMILY", help="default: all")
+    families.add_argument("--eager", action="store_true", help="run the graphs without compiling them: faster")
     return parser
 
 

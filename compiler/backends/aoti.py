@@ -47,8 +47,10 @@ class _Program(nn.Module):
         root = nn.Module()
         for name in traced.weights.entries:
             like = getattr(traced.gm, name)
-            # Never read and never written: the pages of an untouched tensor cost nothing.
-            root.register_buffer(name, torch.empty(like.shape, dtype=like.dtype))
+            # Never read and never written: the pages of an untouched tensor cost nothing. Inductor clones buffers
+            # (which writes to all of them), parameters it leaves alone.
+            value = torch.empty(like.shape, dtype=like.dtype)
+            root.register_parameter(name, nn.Parameter(value, requires_grad=False))
         self.inner = fx.GraphModule(root, graph)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -29,7 +29,7 @@ class MergeProjections:
 
     name = "merge-projections"
     needs = Stage.CLEAN
-    leaves = Stage.FUSED
+    leaves = Stage.CLEAN
     exact = True
 
     def run(self, traced: TracedGraph, ctx: Context) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from ingot.runtime.ops.reference import gumbel_noise, sample
 from torch import Tensor
 
-MASK = 0xFFFFFFFF
+MASK, GOLDEN = 0xFFFFFFFF, 0x9E3779B9
 
 
 def mix(x: int) -> int:
@@ -22,13 +23,24 @@ def mix(x: int) -> int:
     return x ^ x >> 16
 
 
+def unmix(x: int) -> int:
+    """The inverse of `mix`."""
+    x ^= x >> 16
+    x = x * pow(0x846CA68B, -1, 1 << 32) & MASK
+    x ^= x >> 15 ^ x >> 30
+    x = x * pow(0x7FEB352D, -1, 1 << 32) & MASK
+    return x ^ x >> 16
+
+
+def seed_hash(seed: int) -> int:
+    return mix(mix((seed & MASK) + GOLDEN & MASK) ^ (seed >> 32 & MASK))
+
+
 def plain_gumbel(seed: int, position: int, index: int) -> float:
-    """The definition in plain integers and float64."""
-    h = mix((seed & MASK) + 0x9E3779B9 & MASK)
-    h = mix(h ^ (seed >> 32 & MASK))
-    h = mix(h ^ (position & MASK))
-    r = mix(h ^ (index * 0x9E3779B9 & MASK))
-    return -math.log(-math.log(((r >> 8) + 0.5) * 2.0**-24))
+    """The definition in plain integers; the uniform number is a float32 below 1, the logarithms are exact."""
+    r = mix(mix(seed_hash(seed) ^ (position & MASK)) ^ (index * GOLDEN & MASK))
+    uniform = min(torch.tensor(((r >> 8) + 0.5) * 2.0**-24, dtype=torch.float32).item(), 1 - 2.0**-24)
+    return -math.log(-math.log(uniform))
 
 
 seeds = st.integers(-(2**63), 2**63 - 1)
@@ -41,6 +53,27 @@ def test_noise_is_its_definition(seed: int, position: int) -> None:
     wanted = torch.tensor([[plain_gumbel(seed, position, i) for i in range(40)]])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("bits", "noise"), [(0, -math.log(25 * math.log(2))), (MASK, 24 * math.log(2))])
+def test_the_extreme_draws_are_finite(bits: int, noise: float) -> None:
+    """float32 rounds the highest draw up to 1, whose noise would be infinite: that token would win whatever its logit.
+
+    The position at which token 3 draws these bits is found by running the hash backwards.
+    """
+    assert unmix(mix(12345)) == 12345
+    seed, index = 7, 3
+    position = unmix(unmix(bits) ^ (index * GOLDEN & MASK)) ^ seed_hash(seed)
+    found = gumbel_noise(torch.tensor([seed]), torch.tensor([position]), 8)
+    assert torch.isfinite(found).all()
+    assert found[0, index].item() == pytest.approx(noise, rel=1e-5)
+    assert found[0].argmax() == index if bits else found[0].argmin() == index
+    if bits:
+        logits = torch.zeros(1, 8)
+        logits[0, 5], logits[0, index] = 60.0, -60.0
+        one = torch.ones(1)
+        token = sample(logits, one, one.int() * 0, one, one * 0, torch.tensor([seed]), torch.tensor([position]))
+        assert token.item() == 5
 
 
 def test_noise_has_a_gumbel_distribution() -> None:
@@ -73,7 +106,7 @@ def test_neighbours_are_uncorrelated(what: str) -> None:
     assert not torch.equal(a, b)
 
 
-def draw(logits: list[float], count: int, **knobs: float) -> list[int]:
+def draw(logits: list[float], count: int, **knobs: Any) -> list[int]:
     """Tokens of `count` rows that differ in their seed alone."""
     return run(torch.tensor([logits] * count), torch.arange(count), torch.zeros(count, dtype=torch.int64), **knobs)
 

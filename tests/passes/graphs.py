@@ -147,7 +147,7 @@ def random(name: str, *shape: int, dtype: torch.dtype = F32, seed: int = 0) -> T
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def values(traced: TracedGraph, seed: int = 0, **inputs: Tensor) -> list[Tensor]:
+def values(traced: TracedGraph, seed: Any = 0, **inputs: Any) -> list[Tensor]:
     """The graph's outputs on random weights and, where none are given, random inputs (tokens and positions from 0)."""
     known = {
         entry.name: (entry.shape, entry.dtype)

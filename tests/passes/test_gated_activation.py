@@ -134,15 +134,18 @@ def test_near_miss_no_activation() -> None:
 
 def test_near_miss_not_neighbours() -> None:
     def build(b: Builder, x: fx.Node) -> Any:
-        return gated(b, *slices(b, x, (0, 6), (8, 14)))
+        gate, up = slices(b, x, (0, 6), (8, 14))
+        return gated(b, gate, up)
 
     assert near_miss(build, 14) == ["gate and up are not neighbours of the same size"]
 
 
 def test_near_miss_overlapping() -> None:
-    assert near_miss(lambda b, x: gated(b, *slices(b, x, (0, 6), (3, 9)))) == [
-        "gate and up are not neighbours of the same size"
-    ]
+    def build(b: Builder, x: fx.Node) -> Any:
+        gate, up = slices(b, x, (0, 6), (3, 9))
+        return gated(b, gate, up)
+
+    assert near_miss(build) == ["gate and up are not neighbours of the same size"]
 
 
 def test_near_miss_another_dimension() -> None:

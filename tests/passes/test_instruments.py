@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ingot.passes.base import Context, Outcome
+from ingot.passes.base import Context, GraphPass, Outcome
 from ingot.passes.cleanup.canonicalize import Canonicalize
 from ingot.passes.cleanup.common_subexpressions import CommonSubexpressions
 from ingot.passes.graph import TracedGraph
@@ -72,7 +72,7 @@ def test_the_recorder_counts_ops_before_and_after(traced: TracedGraph) -> None:
 
 def test_dumps_are_written_only_where_something_changed(traced: TracedGraph, tmp_path: Path) -> None:
     """Numbers are those of the passes, so that dumps of two builds can be laid side by side."""
-    passes = [Complain(), Canonicalize(), Complain(), CommonSubexpressions()]
+    passes: list[GraphPass] = [Complain(), Canonicalize(), Complain(), CommonSubexpressions()]
     run_passes(traced, passes, DECODE, [DumpIR(tmp_path / "ir", "decode-b2")], Stage.CLEAN)
     files = sorted(p.name for p in (tmp_path / "ir").iterdir())
     assert files == [

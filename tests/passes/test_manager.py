@@ -8,7 +8,7 @@ import pytest
 import torch
 from ingot.artifacts.errors import UnsupportedModelError
 from ingot.passes.base import Context, GraphPass, Outcome
-from ingot.passes.graph import TracedGraph, add_weight
+from ingot.passes.graph import TracedGraph, add_weight, operands
 from ingot.passes.manager import PassError, run_passes
 from ingot.passes.weights import Stored
 
@@ -64,7 +64,7 @@ def test_a_stage_is_never_left_backwards(traced: TracedGraph) -> None:
 def test_after_a_change_dead_code_and_unread_weights_go(traced: TracedGraph) -> None:
     def drop(traced: TracedGraph) -> int:
         (add,) = nodes(traced, aten.add.Tensor)
-        add.replace_all_uses_with(add.args[0])
+        add.replace_all_uses_with(operands(add)[0])
         return 1
 
     run_passes(traced, [Scripted("drop", drop)], DECODE)

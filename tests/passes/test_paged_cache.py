@@ -120,7 +120,7 @@ def test_chunks_and_steps_equal_the_whole_sequence(
         stop = min(start + 8, prompt)
         ids, positions = torch.zeros(1, 8, dtype=torch.int64), torch.full((1, 8), -1)
         ids[0, : stop - start], positions[0, : stop - start] = tokens[start:stop], torch.arange(start, stop)
-        out = prefill.run({"tokens": ids, "positions": positions, "block_tables": table})
+        out = run(prefill, ids, positions, table)
         close(out[0, : stop - start], wanted[start:stop])
     row = seed % 2
     tables = torch.zeros(2, 8, dtype=torch.int32)
@@ -128,8 +128,14 @@ def test_chunks_and_steps_equal_the_whole_sequence(
     for position in range(prompt, LENGTH):
         ids, positions = torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), -1)
         ids[row], positions[row] = tokens[position], position
-        out = decode.run({"tokens": ids, "positions": positions, "block_tables": tables})
+        out = run(decode, ids, positions, tables)
         close(out[row, 0], wanted[position])
+
+
+def run(engine: Evaluator, tokens: torch.Tensor, positions: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    out = engine.run({"tokens": tokens, "positions": positions, "block_tables": tables})
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
