@@ -19,7 +19,9 @@ CPUINFO = Path("/proc/cpuinfo")
 KNOWN_ISA = (
     *("ssse3", "sse4_1", "sse4_2", "popcnt", "bmi1", "bmi2", "avx", "avx2", "fma", "f16c"),
     *("avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("avx512ifma", "avx512vbmi", "avx512_vbmi2", "avx512_bitalg", "avx512_vpopcntdq", "avx512_vp2intersect"),
     *("avx_vnni", "amx_tile", "amx_int8", "amx_bf16"),
+    *("abm", "movbe", "adx", "aes", "vaes", "pclmulqdq", "vpclmulqdq", "gfni", "sha_ni", "rdrand", "rdseed", "clwb"),
     *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
 )
 

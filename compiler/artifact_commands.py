@@ -37,6 +37,12 @@ def run(args: argparse.Namespace) -> int:
         else:
             output = (llm.chat(request, params) if args.chat else llm.generate(prompt, params))[0]
             print(json.dumps(_as_json(output)) if args.json else _shown(output.outputs[0].text))
+    if output.outputs[0].finish_reason == "error":
+        raise VerificationError(
+            "the generation ended with an error: the logits are not finite",
+            "the weights hold NaN or infinity, or overflow in this dtype",
+            "build the artifact again from sound weights, or in a wider dtype",
+        )
     if args.timings and not args.json:
         print(_timings(output.metrics), file=sys.stderr)
     return 0

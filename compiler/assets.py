@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..artifacts.errors import UsageError
+from ..artifacts.errors import UsageError, VerificationError
+from ..runtime.generation_config import GenerationConfig
 from .strict_json import model_file, read_json
+from .tokenizer_check import check_tokenizer
 
-_LARGEST_BYTES = 256 << 20
 _CONFIG_BYTES = 16 << 20
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -18,42 +19,33 @@ def write_assets(config: dict[str, Any], folder: Path | None, output: Path, voca
     """Copy tokenizer.json and the chat template, and write generation.json; returns whether there is a tokenizer.
 
     Raises:
-        UsageError: the tokenizer is broken, or has ids that the model does not.
+        UsageError: the tokenizer is broken.
     """
     generation = _generation(config, folder)
-    (output / "generation.json").write_text(json.dumps(generation, indent=1, sort_keys=True) + "\n")
+    written = output / "generation.json"
+    written.write_text(json.dumps(generation, indent=1, sort_keys=True) + "\n")
+    try:
+        GenerationConfig.load(written, vocabulary)
+    except VerificationError as error:
+        raise UsageError(
+            "generation_config.json holds a value that cannot be used",
+            error.why or error.what,
+            "correct the model's file",
+        ) from error
     if folder is None:
         return False
-    path = model_file(folder, "tokenizer.json")
+    path = check_tokenizer(folder, vocabulary)
     if path is None:
         return False
-    raw = path.read_bytes()
-    _check_tokenizer(path, raw, vocabulary)
-    (output / "tokenizer.json").write_bytes(raw)
+    (output / "tokenizer.json").write_bytes(path.read_bytes())
     template = model_file(folder, "chat_template.jinja")
-    text = template.read_text("utf-8") if template is not None else _old_template(folder)
+    try:
+        text = template.read_text("utf-8") if template is not None else _old_template(folder)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{template} is not UTF-8", str(error), "fetch the model again") from error
     if text:
         (output / "chat_template.jinja").write_text(text, "utf-8")
     return True
-
-
-def _check_tokenizer(path: Path, raw: bytes, vocabulary: int) -> None:
-    fix = "use the tokenizer.json that belongs to the model"
-    if len(raw) > _LARGEST_BYTES:
-        raise UsageError(f"{path} is {len(raw) >> 20} MiB", "no tokenizer is that large", fix)
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
-        highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
-        raise UsageError(f"{path} is no tokenizer", f"{type(error).__name__}: {str(error)[:300]}", fix) from error
-    if highest >= vocabulary:
-        raise UsageError(f"{path} has the token id {highest}", f"the model's vocabulary ends at {vocabulary - 1}", fix)
 
 
 def _old_template(folder: Path) -> str:

@@ -36,7 +36,7 @@ def build(args: argparse.Namespace) -> int:
     check_output(recipe, output)
     check_destination(output, args.force)
     with open_progress(args.json) as progress, quiet_libraries(not args.debug):
-        from .build import build as build_artifact
+        from .builder import build as build_artifact
 
         passes = _pipeline(args.plant)
         result = build_artifact(
@@ -112,6 +112,9 @@ def _dry_run(recipe: Recipe, output: Path, as_json: bool) -> int:
 
     names = [item.name for item in select(recipe.passes.skip)]
     engines = [dataclasses.asdict(engine) for engine in recipe.engines()]
+    from .plan import check_recipe
+
+    check_recipe(recipe)
     problem, model = _look_at_model(recipe, output)
     if as_json:
         plan = {"recipe": recipe.to_dict(), "output": str(output), "engines": engines, "passes": names, "model": model}

@@ -102,7 +102,7 @@ class SafetensorsCheckpoint:
         if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise self._bad(f"{file} changed while it was read", f"{name} is no longer what its header said")
         if name not in self._checked:
-            if not _finite(tensor):
+            if not is_finite(tensor):
                 raise self._bad(
                     f"{name} holds NaN or infinity", f"{file} is damaged, or its training diverged", "use other weights"
                 )
@@ -181,8 +181,11 @@ def check_against(
     lines += [f"{name} is not part of the model" for name in extra[:5]]
     wrong = [name for name, info in stored.items() if name in expected and info.shape != tuple(expected[name])]
     lines += [f"{name} is {list(stored[name].shape)}, the config says {list(expected[name])}" for name in wrong[:5]]
+    # Integers would be taken for numbers of the same value; they are codes of somebody's quantization.
+    codes = [name for name, info in stored.items() if name in expected and not info.dtype.is_floating_point]
+    lines += [f"{name} holds {stored[name].dtype}, a model's weights are floats" for name in codes[:5]]
     if lines:
-        count = len(missing) + len(extra) + len(wrong)
+        count = len(missing) + len(extra) + len(wrong) + len(codes)
         raise UsageError(
             f"the weights do not fit the config: {count} of {len(expected)} tensors differ",
             "; ".join(lines) + ("; …" if count > len(lines) else ""),
@@ -190,7 +193,7 @@ def check_against(
         )
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.element_size() == 1:  # float8 has no reductions

@@ -22,7 +22,7 @@ from ..artifacts.errors import IngotError, UnsupportedModelError, UsageError
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import OpenArtifact
 from ..runtime import LLM, SamplingParams
-from .build import build
+from .builder import build
 from .console import Progress, SilentProgress
 from .eager_engines import EagerGroup
 from .load_model import make_config

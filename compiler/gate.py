@@ -6,6 +6,7 @@ transformers on them. What is recorded is what a user gets, not what the compile
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..artifacts import errors
 from ..artifacts.errors import ResourceError
 from ..artifacts.manifest import Manifest
 from .metrics import Distance, compare
@@ -25,6 +27,7 @@ from .recipe import Recipe
 from .reference_model import ReferenceModel
 
 _TIMEOUT_S = 3600
+_LONGEST_WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class Budget:
         if not found.finite:
             return ["some logits are not finite"]
         missed = []
-        if self.max_relative_error is not None and found.max_relative_error > self.max_relative_error:
+        if self.max_relative_error is not None and not found.max_relative_error <= self.max_relative_error:
             missed.append(f"max relative error {found.max_relative_error:.2e} > {self.max_relative_error:.2e}")
-        if self.mean_kl is not None and found.mean_kl > max(self.mean_kl, eager.mean_kl if eager else 0.0):
+        if self.mean_kl is not None and not found.mean_kl <= max(self.mean_kl, eager.mean_kl if eager else 0.0):
             missed.append(f"mean KL {found.mean_kl:.2e} > {self.mean_kl:.2e}")
         if self.top1 is not None:
             floor = min(self.top1, _at_least(eager.top1, eager.tokens) if eager else 1.0)
@@ -86,30 +89,30 @@ def budget_for(recipe: Recipe) -> Budget:
 
 
 def gate_tokens(recipe: Recipe, encode: Callable[[str], list[int]] | None, vocabulary: int, window: int) -> GateTokens:
-    """The recipe's prompts as tokens, and one long sequence that crosses chunks, blocks and the sliding window.
+    """The recipe's prompts as tokens, each followed by `gate.max_tokens` more, and one that crosses every edge.
 
-    Without a tokenizer the ids are random, from the gate's seed.
+    What follows a prompt is text of the other prompts: the gate compares logits on given tokens, it generates nothing.
+    The last sequence is longer than every chunk, block and sliding window. Without a tokenizer ids are random, from
+    the gate's seed.
     """
-    limit = recipe.model.max_length
-    length = min(recipe.gate.max_tokens * 2, limit)
+    limit, more = recipe.model.max_length, recipe.gate.max_tokens
     if encode is not None:
-        sequences = [ids for p in recipe.gate.prompts if len(ids := encode(p)[:limit]) >= 2]
+        starts = [ids for p in recipe.gate.prompts if (ids := encode(p)[: max(1, limit - more)])]
     else:
         rng = np.random.default_rng(recipe.gate.seed)
-        sequences = [
-            rng.integers(0, vocabulary, max(length - 7 * i, 2)).tolist() for i in range(len(recipe.gate.prompts))
-        ]
-    if not sequences:
-        sequences = [[0, 1]]
-    reach = max(recipe.shapes.prefill_lengths) + recipe.shapes.kv_block_size + 8
-    reach = max(reach, window + 16 if window <= 1024 else 0)
-    every = [t for s in sequences for t in s]
-    long = (every * (reach // len(every) + 1))[: min(reach, limit)]
-    sequences = [s[: min(limit, max(length, 2))] for s in sequences]
-    prompts = [max(1, len(s) // 2) for s in sequences]
-    if len(long) >= 2:
-        sequences.append(long)
-        prompts.append(max(1, len(long) - 12))
+        starts = [rng.integers(0, vocabulary, 16 + 5 * i).tolist() for i in range(len(recipe.gate.prompts))]
+        starts = [s[: max(1, limit - more)] for s in starts]
+    starts = starts or [[0]]
+    every = [t for s in starts for t in s]
+    # Several times over: the windows of published models are longer than any prompt.
+    # A window of thousands of tokens is not crossed: eager attention over so many would take longer than the build.
+    longest = max(*recipe.shapes.prefill_lengths, window if window <= _LONGEST_WINDOW else 0)
+    reach = min(limit, longest + recipe.shapes.kv_block_size + more)
+    endless = every * (-(-(reach + more) // len(every)) + 1)
+    sequences = [(s + endless[len(s) : len(s) + more])[:limit] for s in starts]
+    prompts = [min(len(s), len(q) - 1) or 1 for s, q in zip(starts, sequences)]
+    sequences.append(endless[:reach])
+    prompts.append(max(1, reach - more))
     return GateTokens(sequences, prompts)
 
 
@@ -122,8 +125,8 @@ def engine_pairs(recipe: Recipe) -> list[tuple[str, str]]:
 
 def replay_in_child(
     root: Path, manifest: Manifest, pairs: Sequence[tuple[str, str]], tokens: GateTokens
-) -> list[list[np.ndarray]]:
-    """Logits of every pair of engines, per sequence, from a lean process.
+) -> list[list[tuple[int, np.ndarray]]]:
+    """Logits of every pair of engines from a lean process: per row the sequence's number and its logits.
 
     Raises:
         ResourceError: the child crashed or took too long; says how it ended.
@@ -138,7 +141,11 @@ def replay_in_child(
         (folder / "request.json").write_text(json.dumps(request))
         run_child("ingot.runtime.replay", str(folder / "request.json"), str(folder / "result.npz"))
         with np.load(folder / "result.npz", allow_pickle=False) as arrays:
-            return [[arrays[f"{p}.{s}"] for s in range(len(tokens.sequences))] for p in range(len(pairs))]
+            found = []
+            for pair in range(len(pairs)):
+                names = [n for n in arrays.files if n.startswith(f"{pair}.")]
+                found.append([(int(n.split(".")[1]), arrays[n]) for n in sorted(names)])
+            return found
 
 
 def run_child(module: str, *args: str) -> str:
@@ -149,19 +156,22 @@ def run_child(module: str, *args: str) -> str:
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-m", module, *args], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            [sys.executable, "-P", "-m", module, *args], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise ResourceError(
             "the finished engines hang", f"no answer in {_TIMEOUT_S} s", "report this with the recipe"
         ) from error
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [""]
-        how = f"it was killed by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else last[0]
+        told = done.stdout.strip().splitlines()[-1:]
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            said = json.loads(told[0] if told else "")
+            raise getattr(errors, said["kind"])(said["what"], said["why"], said["fix"])
+        how = f"killed by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else f"exit {done.returncode}"
         raise ResourceError(
             "the finished engines do not run in a lean process",
-            how,
-            "see report/build.log; --debug shows the whole output",
+            "\n".join([how, *done.stderr.strip().splitlines()[-30:]]),
+            "check the free memory; if there is enough, report this with the recipe",
         )
     return done.stdout
 
@@ -182,7 +192,7 @@ class GateResult:
 def judge(
     recipe: Recipe,
     pairs: Sequence[tuple[str, str]],
-    logits: Sequence[list[np.ndarray]],
+    logits: Sequence[list[tuple[int, np.ndarray]]],
     reference: list[np.ndarray],
     eager: list[np.ndarray] | None,
     tokens: GateTokens,
@@ -195,20 +205,21 @@ def judge(
     budget = budget_for(recipe)
     own = compare(reference, eager) if eager is not None else None
     whole_pairs: list[dict[str, Any]] = []
-    engines: dict[str, dict[str, Any]] = {}
+    engines: dict[str, Distance] = {}
     failures: list[tuple[str, str]] = []
-    for (prefill, decode), found in zip(pairs, logits):
-        whole = compare(reference, found)
-        parts = {"prefill": compare([r[:1] for r in reference], [f[:1] for f in found])}
-        if any(len(r) > 1 for r in reference):
-            rest = [i for i, r in enumerate(reference) if len(r) > 1]
-            parts["decode"] = compare([reference[i][1:] for i in rest], [found[i][1:] for i in rest])
+    for (prefill, decode), rows in zip(pairs, logits):
+        wanted, found = [reference[i] for i, _ in rows], [values for _, values in rows]
+        whole = compare(wanted, found)
+        parts = {"prefill": compare([w[:1] for w in wanted], [f[:1] for f in found])}
+        if any(len(w) > 1 for w in wanted):
+            more = [(w[1:], f[1:]) for w, f in zip(wanted, found) if len(w) > 1]
+            parts["decode"] = compare([w for w, _ in more], [f for _, f in more])
         whole_pairs.append({"prefill": prefill, "decode": decode, **whole.to_dict()})
         for phase, part in parts.items():
             engine = prefill if phase == "prefill" else decode
             worst = engines.get(engine)
-            if worst is None or part.max_relative_error >= (worst["max_relative_error"] or 0.0):
-                engines[engine] = part.to_dict()
+            if worst is None or not part.max_relative_error < worst.max_relative_error:
+                engines[engine] = part
             # KL and top-1 are judged over all positions: a share of few prompts says little.
             failures += [(engine, m) for m in Budget(budget.max_relative_error).shortfalls(part, None)]
         overall = Budget(None, budget.mean_kl, budget.top1).shortfalls(whole, own)
@@ -217,7 +228,7 @@ def judge(
         "reference": "transformers eager float32",
         "budget": {k: v for k, v in budget.__dict__.items() if v is not None},
         "eager": own.to_dict() if own else None,
-        "engines": engines,
+        "engines": {name: part.to_dict() for name, part in engines.items()},
         "pairs": whole_pairs,
         "sequences": [len(s) for s in tokens.sequences],
         "prompts": tokens.prompts,

@@ -15,7 +15,7 @@ class Distance:
         max_relative_error: max |Δlogit| over the reference's logit range, per position, the largest.
         mean_kl, max_kl: KL(reference || engine) in nats.
         top1: share of positions where both have the same most likely token.
-        finite: whether every logit of the engine is.
+        finite: whether every logit of both is; nothing can be said of a reference that is not.
     """
 
     tokens: int
@@ -48,7 +48,7 @@ def compare(reference: list[np.ndarray], other: list[np.ndarray]) -> Distance:
         if a.shape != b.shape:
             raise ValueError(f"logits of shape {b.shape} against {a.shape}")
         for want, have in zip(a, b):
-            if not np.isfinite(have).all():
+            if not (np.isfinite(have).all() and np.isfinite(want).all()):
                 finite = False
                 errors.append(np.inf)
                 divergences.append(np.inf)

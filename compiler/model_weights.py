@@ -7,6 +7,7 @@ conversion is the only right one, at the price of one copy of the weights in mem
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..artifacts.errors import UnsupportedModelError
-from .checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint, TensorInfo, check_against
+from ..artifacts.errors import UnsupportedModelError, UsageError
+from .checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint, TensorInfo, check_against, is_finite
 from .load_model import DTYPES
 
 
@@ -56,7 +57,14 @@ class _Loaded:
         self.tensors: dict[str, TensorInfo] = {}
 
     def load(self, name: str) -> torch.Tensor:
-        return self._state[name]
+        value = self._state[name]
+        if not is_finite(value):
+            raise UsageError(
+                f"{name} holds NaN or infinity",
+                "the weights are damaged, or their training diverged",
+                "use other weights",
+            )
+        return value
 
     def digest(self) -> str:
         return self._digest
@@ -102,7 +110,11 @@ def open_weights(model: nn.Module, folder: Path | None, dtype: str, seed: int) -
         )
     renamed = {name: names.get(name, name) for name in shapes}
     wanted = {stored: shapes[name] for name, stored in renamed.items()}
-    check_against(checkpoint, wanted, ignore=set(checkpoint.tensors) - set(wanted))
+    known = {*shapes, *alias, *(name for name, _ in model.named_buffers())}
+    known |= {name.split(".", 1)[1] for name in known if "." in name}
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    spare = {n for n in checkpoint.tensors if n in known or any(re.search(p, n) for p in patterns)}
+    check_against(checkpoint, wanted, ignore=spare - set(wanted))
     return ModelWeights(checkpoint, renamed)
 
 

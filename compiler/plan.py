@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..artifacts.errors import UsageError
 from ..passes.base import Context, GraphPass
 from ..passes.graph import TracedGraph
 from ..passes.instruments import DumpIR, PassRecord, Recorder
@@ -23,6 +24,7 @@ from .load_model import make_model
 from .model_source import resolve_source
 from .pipelines import PIPELINE, select
 from .recipe import EngineShape, Recipe
+from .task_file import read_task
 from .trace import trace
 
 
@@ -50,6 +52,35 @@ def context_for(recipe: Recipe, shape: EngineShape) -> Context:
     )  # fmt: skip
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """Raise UsageError for what a build would only meet after compiling: another device, a task that is none."""
+    if recipe.target.device != "cpu":
+        raise UsageError(
+            f"target.device is {recipe.target.device!r}", "this version compiles for the CPU", "--set target.device=cpu"
+        )
+    path = recipe.task_path()
+    if path is not None:
+        read_task(path, recipe.gate.task_examples)
+    if recipe.quantization.scheme == "none" and recipe.quantization.ignore:
+        raise UsageError(
+            "quantization.ignore has no effect", 'quantization.scheme is "none"', "set a scheme, or drop it"
+        )
+
+
+def _check_quantized(plan: Plan) -> None:
+    """A scheme that reached no weight is a mistake in its patterns, not a smaller artifact."""
+    if plan.recipe.quantization.scheme == "none":
+        return
+    for engine, records in plan.records.items():
+        if not any(r.changed for r in records if not r.exact):
+            raise UsageError(
+                f"quantization reached no weight of engine {engine}",
+                f"targets {list(plan.recipe.quantization.targets)} and ignore {list(plan.recipe.quantization.ignore)}"
+                " leave none",
+                'use targets = ["Linear"], or patterns of weight names as --dump-ir shows them',
+            )
+
+
 def make_plan(
     recipe: Recipe, progress: Progress, dump_ir: Path | None = None, passes: Sequence[GraphPass] = PIPELINE
 ) -> tuple[Plan, torch.nn.Module]:
@@ -59,6 +90,7 @@ def make_plan(
         UsageError, UnsupportedModelError: recipe and model do not fit, or the model cannot be compiled.
         PassError: a pass failed; names it.
     """
+    check_recipe(recipe)
     source = resolve_source(recipe)
     config = read_config(source)
     check_length(config, recipe.model.max_length)
@@ -81,4 +113,5 @@ def make_plan(
             plan.graphs[shape.name], plan.contexts[shape.name] = traced, context
             plan.records[shape.name] = recorder.records
             progress.update(shape.name, advance=1)
+    _check_quantized(plan)
     return plan, model

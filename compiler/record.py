@@ -15,12 +15,16 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..artifacts.fingerprint import digest_file
 from ..artifacts.manifest import CacheLayer, EngineEntry, FileEntry, KVCache, Manifest, Model, Target
 from ..artifacts.target import host_target
 from .assets import write_assets
 from .backends.aoti import input_buffers, output_buffers
 from .model_weights import ModelWeights
 from .plan import Plan
+
+# x86-64-v3, in /proc/cpuinfo's words.
+_PORTABLE_ISA = ("ssse3", "sse4_1", "sse4_2", "popcnt", "bmi1", "bmi2", "avx", "avx2", "fma", "f16c", "abm", "movbe")
 
 
 def draft_manifest(plan: Plan, weights: ModelWeights) -> Manifest:
@@ -39,7 +43,7 @@ def draft_manifest(plan: Plan, weights: ModelWeights) -> Manifest:
         hidden_size=int(config.get("hidden_size") or config.get("n_embd") or 1), num_layers=len(layers),
         parameters=parameters,
     )  # fmt: skip
-    isa = tuple(host.isa) if recipe.target.isa == "native" else ("avx2", "f16c", "fma")
+    isa = tuple(host.isa) if recipe.target.isa == "native" else _PORTABLE_ISA
     target = Target("cpu", host.system, host.machine, isa, "none", torch.__version__.split("+")[0])
     import transformers
 
@@ -75,13 +79,16 @@ def _compiler_version() -> str:
 
 
 def listed(root: Path, manifest: Manifest) -> Manifest:
-    """The manifest with the files as they stand, undigested: for the child processes of the build itself."""
-    files = tuple(
-        FileEntry(p.relative_to(root).as_posix(), p.stat().st_size, "0" * 64)
-        for p in sorted(root.rglob("*"))
-        if p.is_file()
-    )
-    return replace(manifest, files=files)
+    """The manifest with the files as they stand, for the child processes of the build itself.
+
+    Native code is digested, since the loader asks for it; the rest is what this build has just written.
+    """
+    files = []
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        name = path.relative_to(root).as_posix()
+        digest = digest_file(path) if name.startswith("engines/") else "0" * 64
+        files.append(FileEntry(name, path.stat().st_size, digest))
+    return replace(manifest, files=tuple(files))
 
 
 def reports(plan: Plan, gate_report: dict[str, Any]) -> dict[str, Any]:

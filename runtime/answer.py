@@ -6,11 +6,11 @@ A build runs it in a process of its own to score the finished artifact on the re
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import OpenArtifact
+from .child import serve
 from .llm import LLM
 from .params import SamplingParams
 
@@ -29,4 +29,4 @@ def main(request: str, result: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(main)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
+from ..artifacts.errors import UsageError
 from ..artifacts.manifest import Manifest
 from .engines.base import EngineGroup
 from .kv_cache import BlockAllocator
@@ -39,6 +40,8 @@ class Core:
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests that have been checked."""
         with self._lock:
+            if self._closed:
+                raise UsageError("the LLM is closed", "close() was called", "open it again")
             for request in requests:
                 for sequence in request.sequences:
                     self._scheduler.add(sequence)

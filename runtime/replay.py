@@ -7,15 +7,16 @@ lean process can load and run every engine: a crash there is reported by the bui
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..artifacts.errors import VerificationError
 from ..artifacts.manifest import KVCache, Manifest
 from ..artifacts.store import OpenArtifact
+from .child import serve
 from .engines.base import Engine
 
 
@@ -34,6 +35,35 @@ def _sampling(engine: Engine) -> None:
         inputs[name][...] = 0
     inputs["top_p"][...] = 1
     inputs["positions"][...] = -1
+
+
+def _greedy(engine: Engine, row: int) -> np.ndarray:
+    """A row's logits, after checking that the token the engine sampled from them is the likeliest."""
+    logits = engine.logits()[row]
+    sampled = int(engine.next_tokens()[row])
+    if np.isfinite(logits).all() and sampled != int(logits.argmax()):
+        raise VerificationError(
+            f"engine {engine.entry.name} sampled token {sampled}, the likeliest is {int(logits.argmax())}",
+            "its sampler disagrees with its own logits",
+            "report this with the recipe",
+        )
+    return logits
+
+
+def _groups(count: int, rows: int, needs: Sequence[int], blocks: int) -> list[list[int]]:
+    """Which sequences run together: as many as there are rows, repeated until all rows are used, within the blocks."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    for number in range(max(count, rows)):
+        index = number % count
+        if len(groups[-1]) == rows or (groups[-1] and held + needs[index] > blocks):
+            if number >= count:
+                break
+            groups.append([])
+            held = 0
+        groups[-1].append(index)
+        held += needs[index]
+    return groups
 
 
 def replay(
@@ -57,6 +87,8 @@ def replay(
     tables = []
     for row, sequence in enumerate(sequences):
         need = -(-len(sequence) // cache.block_size)
+        if need > len(free):
+            raise ValueError(f"{len(sequences)} sequences need more blocks than the cache has")
         taken = free[:need] if row % 2 else free[::-1][:need]
         free = [b for b in free if b not in set(taken)]
         tables.append(taken)
@@ -74,7 +106,7 @@ def replay(
             prefill.inputs["positions"][0, : len(piece)] = np.arange(start, start + len(piece))
             prefill.inputs["last_index"][0] = len(piece) - 1
             prefill.run()
-        found.append([prefill.logits()[0].copy()])
+        found.append([_greedy(prefill, 0).copy()])
     _sampling(decode)
     for row, table in enumerate(tables):
         decode.inputs["block_tables"][row, : len(table)] = table
@@ -87,15 +119,14 @@ def replay(
             if not live:
                 decode.inputs["block_tables"][row] = 0
         decode.run()
-        logits = decode.logits()
         for row, (sequence, prompt) in enumerate(zip(sequences, prompts)):
             if prompt + step < len(sequence):
-                found[row].append(logits[row].copy())
+                found[row].append(_greedy(decode, row).copy())
     return [np.stack(rows) for rows in found]
 
 
 def main(request: str, result: str) -> None:
-    """Serve one request: {"root", "manifest", "pairs", "sequences", "prompts"} -> arrays "<pair>.<sequence>"."""
+    """Serve one request: {"root", "manifest", "pairs", "sequences", "prompts"} -> arrays "<pair>.<sequence>.<copy>"."""
     from .loader import load_engines
 
     asked = json.loads(Path(request).read_text())
@@ -103,18 +134,20 @@ def main(request: str, result: str) -> None:
     artifact = OpenArtifact(Path(asked["root"]), manifest)
     group = load_engines(artifact)
     arrays: dict[str, np.ndarray] = {}
+    sequences, prompts = asked["sequences"], asked["prompts"]
+    cache = manifest.kv_cache
+    needs = [-(-len(s) // cache.block_size) for s in sequences]
     for number, names in enumerate(asked["pairs"]):
         pair = Pair(*names)
         rows = group.engines[pair.decode].entry.batch
-        for start in range(0, len(asked["sequences"]), rows):
-            stop = start + rows
-            logits = replay(
-                group.engines, manifest.kv_cache, pair, asked["sequences"][start:stop], asked["prompts"][start:stop]
-            )
-            arrays.update({f"{number}.{start + i}": values for i, values in enumerate(logits)})
+        for indices in _groups(len(sequences), rows, needs, cache.num_blocks - 1):
+            logits = replay(group.engines, cache, pair, [sequences[i] for i in indices], [prompts[i] for i in indices])
+            for index, values in zip(indices, logits):
+                copies = sum(name.startswith(f"{number}.{index}.") for name in arrays)
+                arrays[f"{number}.{index}.{copies}"] = values
     np.savez(result, **arrays)  # type: ignore[arg-type]
     group.close()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(main)

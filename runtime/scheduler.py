@@ -103,8 +103,10 @@ class Scheduler:
     def abort(self, sequence: Sequence, reason: str = "abort") -> None:
         """End a sequence wherever it is; its row and blocks come back. Nothing happens to a finished one."""
         if not sequence.finished:
-            sequence.finish(reason)
-            self._leave(sequence)
+            try:
+                sequence.finish(reason)
+            finally:
+                self._leave(sequence)
 
     def abort_all(self) -> None:
         """End every sequence."""

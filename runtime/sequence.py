@@ -125,7 +125,8 @@ class Sequence:
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         """End it; the text held back is given out unless a stop string ended it."""
         self.status, self.finish_reason, self.stop_reason = Status.FINISHED, reason, stop_reason
-        if isinstance(stop_reason, str) or self.detokenizer is None:
+        # After an error or an abort nobody waits for held-back text, and the detokenizer may be what failed.
+        if isinstance(stop_reason, str) or self.detokenizer is None or reason in ("error", "abort"):
             return
         shown, stop = self._stops.add(self.detokenizer.flush())
         self.text += shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from ..artifacts.errors import VerificationError
 _DTYPES = {
     "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64", "I32": "int32",
     "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn",
+}  # fmt: skip
+_ITEM_BYTES = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1,
+    "float8_e4m3fn": 1,
 }  # fmt: skip
 _LARGEST_HEADER = 25 << 20
 
@@ -65,7 +70,14 @@ def _map_file(path: Path) -> dict[str, MappedTensor]:
             begin, end = entry["data_offsets"]
             if not 0 <= begin <= end <= len(raw) - start:
                 raise ValueError(f"{name} lies outside the file")
-            found[name] = MappedTensor(raw[start + begin : start + end], tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+            shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
+            if any(type(size) is not int or size < 0 for size in shape):
+                raise ValueError(f"{name} has an impossible shape")
+            if math.prod(shape) * _ITEM_BYTES[dtype] != end - begin:
+                raise ValueError(
+                    f"{name} has {end - begin} bytes, its shape {list(shape)} in {dtype} needs another number"
+                )
+            found[name] = MappedTensor(raw[start + begin : start + end], shape, dtype)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{path.name} is malformed", str(error), "build the artifact again") from error
     return found

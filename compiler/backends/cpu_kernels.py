@@ -73,7 +73,8 @@ def compile_kernels(output: Path, *, isa: str = "native", with_shim: bool = True
     if isa not in _ISA_FLAGS:
         raise UsageError(f"Unknown instruction set '{isa}'.", fix=f"Use one of: {', '.join(_ISA_FLAGS)}.")
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    flags = [*_FLAGS, _ISA_FLAGS[isa]]
+    soname = kernels_soname(isa=isa, with_shim=with_shim)
+    flags = [*_FLAGS, _ISA_FLAGS[isa], f'-DINGOT_KERNELS_ID="{soname}"']
     sources = [*_KERNELS, *(_SHIM if with_shim else ())]
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".kernels-") as folder:
         objects = [str(Path(folder) / f"{name}.o") for name in sources]
@@ -84,7 +85,6 @@ def compile_kernels(output: Path, *, isa: str = "native", with_shim: bool = True
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, sources, objects))
         library = Path(folder) / output.name
-        soname = kernels_soname(isa=isa, with_shim=with_shim)
         _run(
             [
                 *compiler,
@@ -102,9 +102,9 @@ def compile_kernels(output: Path, *, isa: str = "native", with_shim: bool = True
 
 
 def kernels_soname(*, isa: str = "native", with_shim: bool = True) -> str:
-    """The name an engine linked against the library looks for: it changes whenever the kernels' source does.
+    """The library's name and identity: it changes whenever the kernels' source or flags do.
 
-    So two artifacts in one process share a library only when it is the same one.
+    Two artifacts in one process share a library only when it is the same one; the loader compares.
     """
     digest = hashlib.sha256(f"{isa} {with_shim} {_FLAGS}".encode())
     for path in sorted(SOURCE_FOLDER.iterdir()):

@@ -7,25 +7,18 @@ group bind the same mapped weights and write the same KV cache.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
-from ...artifacts.errors import ResourceError, VerificationError
+from ...artifacts.errors import ResourceError, UsageError, VerificationError
 from ...artifacts.manifest import Buffer, EngineEntry
 from ...artifacts.store import OpenArtifact
 from ..weights import MappedTensor, map_weights
+from .aoti_host import Handle, Host, load_path, open_library
+from .buffers import check_buffers
 
-_Handle = ctypes.c_void_p
-# Numbers of c10::ScalarType, a stable part of the C interface.
-_SCALAR_TYPES = {
-    "uint8": 0, "int8": 1, "int32": 3, "int64": 4, "float16": 5, "float32": 6, "float64": 7, "bool": 11, "bfloat16": 15,
-    "float8_e4m3fn": 24,
-}  # fmt: skip
 _STORED_AS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
 _ALIGNMENT = 64
 # Below this much weight data a step is over before a second thread has paid for its barriers, and on a busy machine
@@ -34,69 +27,7 @@ _SERIAL_BYTES = 16 << 20
 
 
 class _ConstantEntry(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char_p), ("handle", _Handle))
-
-
-class _Host:
-    """The library that owns tensors, and the helper that runs an engine in one call."""
-
-    def __init__(self, artifact: OpenArtifact) -> None:
-        # Toolchains that link the C++ library statically put a copy into every engine; symbols that are unique in a
-        # process then mix with those of the copy other extensions brought. With the shared one loaded first and
-        # globally, all agree on it.
-        with contextlib.suppress(OSError):
-            ctypes.CDLL("libstdc++.so.6", ctypes.RTLD_GLOBAL)
-        owner = _open(_libtorch(), "libtorch") if artifact.manifest.target.host_library == "libtorch" else None
-        libraries = dict.fromkeys(lib for e in artifact.manifest.engines for lib in e.libraries)
-        for library in libraries:
-            self.kernels = _open(artifact.path(library), library)
-        self.blob = (owner or self.kernels).aoti_torch_create_tensor_from_blob
-        self.run = self.kernels.ingot_run
-        self.run.argtypes = [_Handle, _Handle, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-        self.set_threads = self.kernels.omp_set_num_threads
-        self.max_threads = self.kernels.omp_get_max_threads
-        self.last_error = self.kernels.ingot_last_error
-        self.last_error.restype = ctypes.c_char_p
-
-    def tensor(self, address: int, shape: tuple[int, ...], dtype: str) -> int:
-        """A handle on memory that the caller keeps alive."""
-        strides: list[int] = []
-        step = 1
-        for size in reversed(shape):
-            strides.insert(0, step)
-            step *= max(size, 1)
-        array = ctypes.c_int64 * max(len(shape), 1)
-        handle = _Handle()
-        status = self.blob(
-            ctypes.c_void_p(address), ctypes.c_int64(len(shape)), array(*shape), array(*strides), ctypes.c_int64(0),
-            ctypes.c_int32(_SCALAR_TYPES[dtype]), ctypes.c_int32(0), ctypes.c_int32(0), ctypes.byref(handle),
-        )  # fmt: skip
-        if status or not handle.value:
-            raise ResourceError("a tensor could not be made", f"{dtype}{list(shape)}", "")
-        return handle.value
-
-
-def _open(path: Path, name: str, mode: int = ctypes.RTLD_GLOBAL) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(path), mode)
-    except OSError as error:
-        raise VerificationError(
-            f"{name} cannot be loaded",
-            str(error),
-            "build the artifact on this machine, or run it where it was built for",
-        ) from error
-
-
-def _libtorch() -> Path:
-    """libtorch_cpu.so of the installed torch, found without importing torch."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise VerificationError(
-            "this artifact needs torch's libraries",
-            "torch is not installed",
-            "pip install torch, or rebuild without ops that need ATen",
-        )
-    return Path(spec.origin).parent / "lib" / "libtorch_cpu.so"
+    _fields_ = (("name", ctypes.c_char_p), ("handle", Handle))
 
 
 def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -113,7 +44,7 @@ class AOTIEngine:
 
     def __init__(
         self,
-        host: _Host,
+        host: Host,
         artifact: OpenArtifact,
         entry: EngineEntry,
         caches: Mapping[str, tuple[np.ndarray, int]],
@@ -124,8 +55,8 @@ class AOTIEngine:
         self._host = host
         self._serial = serial
         # Every engine exports the same names; loaded globally, the first would answer for all of them.
-        self._library = _open(artifact.path(entry.file), entry.file, ctypes.RTLD_LOCAL)
-        self._container = _Handle()
+        self._library = open_library(load_path(artifact, entry.file), entry.file, ctypes.RTLD_LOCAL)
+        self._container = Handle()
         self._check(
             self._library.AOTInductorModelContainerCreateWithDevice(
                 ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None
@@ -142,10 +73,10 @@ class AOTIEngine:
         handles = [
             caches[b.name][1] if b.name in caches else self._handle(self._buffers[b.name], b) for b in entry.inputs
         ]
-        self._input_handles = (_Handle * len(handles))(*handles)
+        self._input_handles = (Handle * len(handles))(*handles)
         made = [self._handle(self._outputs[b.name], b) for b in entry.outputs]
-        self._output_handles = (_Handle * len(made))(*made)
-        run = ctypes.cast(self._library.AOTInductorModelContainerRunSingleThreaded, _Handle)
+        self._output_handles = (Handle * len(made))(*made)
+        run = ctypes.cast(self._library.AOTInductorModelContainerRunSingleThreaded, Handle)
         # Everything a step needs, prepared once: a step is one call with these arguments.
         self._arguments = (self._container, run, len(handles), self._input_handles, len(made), self._output_handles)
 
@@ -160,6 +91,8 @@ class AOTIEngine:
         Raises:
             ResourceError: the engine reported a failure (memory).
         """
+        if not self._container:
+            raise UsageError(f"engine {self.entry.name} is closed", "close() was called", "open the artifact again")
         host = self._host
         threads = host.max_threads() if self._serial else 0
         if self._serial:
@@ -169,7 +102,11 @@ class AOTIEngine:
             host.set_threads(threads)
         if status:
             reason = (self._host.last_error() or b"").decode(errors="replace")
-            raise ResourceError(f"engine {self.entry.name} failed", reason, "check the free memory")
+            raise ResourceError(
+                f"engine {self.entry.name} failed",
+                reason,
+                "check the free memory; if there is enough, build the artifact again",
+            )
 
     def advance(self) -> None:
         """See `Engine.advance`."""
@@ -190,7 +127,8 @@ class AOTIEngine:
         """Free the engine; the group frees what it shares."""
         if self._container:
             self._library.AOTInductorModelContainerDelete(self._container)
-            self._container = _Handle()
+            # In place: the prepared arguments hold this very object.
+            self._container.value = None
 
     def _handle(self, array: np.ndarray, buffer: Buffer) -> int:
         return self._host.tensor(array.ctypes.data, buffer.shape, buffer.dtype)
@@ -250,7 +188,9 @@ class AOTIGroup:
 
     def __init__(self, artifact: OpenArtifact) -> None:
         manifest = artifact.manifest
-        host = _Host(artifact)
+        host = Host(artifact)
+        for entry in manifest.engines:
+            check_buffers(entry, manifest)
         self._tensors = map_weights(artifact.path(p) for p in manifest.weights)
         weights = {name: self._weight(host, tensor) for name, tensor in self._tensors.items()}
         shapes = {b.name: b for e in manifest.engines for b in e.inputs if "_cache_" in b.name}
@@ -260,7 +200,7 @@ class AOTIGroup:
         self._engines = {e.name: AOTIEngine(host, artifact, e, shared, weights, serial) for e in manifest.engines}
 
     @staticmethod
-    def _weight(host: _Host, tensor: MappedTensor) -> int:
+    def _weight(host: Host, tensor: MappedTensor) -> int:
         return host.tensor(tensor.data.ctypes.data, tensor.shape, tensor.dtype)
 
     @property

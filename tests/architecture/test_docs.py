@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ingot.artifacts import manifest as schema
 
-from .source import ROOT
+from .source import FOLDERS, ROOT, tree
 
 DOCUMENTS = sorted(
     path.relative_to(ROOT)
@@ -56,7 +56,7 @@ def test_tests_that_are_named_exist(document: Path) -> None:
     text = (ROOT / document).read_text("utf-8")
     for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
         assert (ROOT / file).is_file(), f"{document}: {file}"
-        functions = [n.name for n in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))) if isinstance(n, ast.FunctionDef)]
+        functions = {n.name for n in ast.walk(tree(Path(file))) if isinstance(n, ast.FunctionDef)}
         assert not name or name in functions, f"{document}: {file}::{name}"
 
 
@@ -64,7 +64,7 @@ def test_tests_that_are_named_exist(document: Path) -> None:
 def test_files_that_are_named_exist(document: Path) -> None:
     """Names in backticks that look like a file of one of our folders."""
     text = (ROOT / document).read_text("utf-8")
-    for name in re.findall(r"`((?:artifacts|runtime|passes|compiler|recipes|benchmarks|tests|docs)/[\w./-]+\.\w+)`", text):
+    for name in re.findall(rf"`((?:{'|'.join([*FOLDERS, 'tests', 'docs'])})/[\w./-]+\.\w+)`", text):
         if not name.startswith("artifacts/built"):
             assert (ROOT / name).exists(), f"{document}: {name}"
 
@@ -72,7 +72,8 @@ def test_files_that_are_named_exist(document: Path) -> None:
 def test_threats_have_an_answer_each() -> None:
     text = (ROOT / "docs" / "threats.md").read_text("utf-8")
     for part in ("Recipe", "Checkpoint", "Artifact", "Generation"):
-        rows = re.findall(r"^\| (?!---|what comes in)(.+?) \| (.+?) \| (.+?) \|$", section(text, f"## {part}"), re.MULTILINE)
+        table = section(text, f"## {part}")
+        rows = re.findall(r"^\| (?!---|what comes in)(.+?) \| (.+?) \| (.+?) \|$", table, re.MULTILINE)
         assert len(rows) >= 8
         for threat, answer, shown in rows:
             assert len(answer) > 10, threat

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ingot.artifacts.errors import IngotError, ResourceError, UnsupportedModelError, UsageError
 from ingot.compiler import config_check, model_source
+from ingot.compiler.assets import write_assets
 from ingot.compiler.checkpoint import RandomCheckpoint, SafetensorsCheckpoint, check_against
 from ingot.compiler.config_check import check_length, check_memory, read_config
 from ingot.compiler.recipe import load_recipe
-from ingot.compiler.safetensors_header import read_header
+from ingot.compiler.safetensors_header import TensorInfo, read_header
 from ingot.compiler.tokenizer_check import check_tokenizer
 from safetensors.torch import save_file
 
@@ -313,6 +314,14 @@ def test_check_against_names_what_differs() -> None:
     assert "head" not in caught.value.why
 
 
+def test_check_against_refuses_integers_in_the_place_of_weights() -> None:
+    checkpoint = RandomCheckpoint({"a": (2, 3), "b": (2, 3)}, torch.float32, 0)
+    checkpoint.tensors["b"] = TensorInfo((2, 3), torch.int8)
+    with pytest.raises(UsageError, match="1 of 2 tensors differ") as caught:
+        check_against(checkpoint, {"a": (2, 3), "b": (2, 3)})
+    assert "b holds torch.int8" in caught.value.why
+
+
 def test_check_against_accepts_what_fits() -> None:
     checkpoint = RandomCheckpoint({"a": (2, 3), "old": (1,)}, torch.float32, 0)
     check_against(checkpoint, {"a": (2, 3), "tied": (9,)}, optional={"tied"}, ignore={"old"})
@@ -527,6 +536,9 @@ def test_a_tokenizer_may_know_more_ids_than_the_model(tmp_path: Path) -> None:
     assert check_tokenizer(tmp_path, 100) is None
     (tmp_path / "tokenizer.json").write_text(json.dumps(good_tokenizer()))
     assert check_tokenizer(tmp_path, 100) == tmp_path.resolve() / "tokenizer.json"
+    (tmp_path / "out").mkdir()
+    assert write_assets(CONFIG, tmp_path, tmp_path / "out", 100)
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
 # --- the model's source ----------------------------------------------------------------------------------------------

@@ -441,7 +441,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     module = ModuleType("build")
     module.build = build  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ingot.compiler.build", module)
+    monkeypatch.setitem(sys.modules, "ingot.compiler.builder", module)
     return calls
 
 

@@ -22,11 +22,11 @@ import pytest
 import torch
 from ingot.artifacts.manifest import load_manifest
 from ingot.artifacts.store import check
-from ingot.compiler import build as build_module
-from ingot.compiler import cli
+from ingot.compiler import build, builder, cli
 from ingot.compiler.console import SilentProgress
 from ingot.compiler.plan import Plan, make_plan
 from ingot.compiler.recipe import Recipe, load_recipe
+from ingot.runtime import LLM, SamplingParams
 from safetensors.torch import load_file, save_file
 
 from ..conftest import Demo
@@ -65,8 +65,8 @@ def compiled(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_kernels(output: Path, **options: Any) -> None:
         shutil.copyfile(demo.artifact / "engines" / output.name, output)
 
-    monkeypatch.setattr(build_module, "compile_engine", compile_engine)
-    monkeypatch.setattr(build_module, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(builder, "compile_engine", compile_engine)
+    monkeypatch.setattr(builder, "compile_kernels", compile_kernels)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def planned(plan: tuple[Plan, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def reuse(recipe: Recipe, *args: Any) -> tuple[Plan, Any]:
         return replace(plan[0], recipe=recipe, folder=recipe.model_path()), plan[1]
 
-    monkeypatch.setattr(build_module, "make_plan", reuse)
+    monkeypatch.setattr(builder, "make_plan", reuse)
 
 
 # --- what is refused at once -----------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_an_engine_that_crashes_is_told_by_its_signal(
         compiler = os.environ.get("CXX", "g++").split()
         subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(output)], check=True)
 
-    monkeypatch.setattr(build_module, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(builder, "compile_kernels", compile_kernels)
     code, _, err = main("build", demo.recipe, "-o", tmp_path / "out")
     assert code == 5
     assert "SIGABRT" in err
@@ -201,6 +201,15 @@ def test_another_build_replaces_the_old_artifact(
     assert load_manifest(old).digest() != first
     assert check(old) == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_build_and_generate_from_python(demo: Demo, compiled: None, planned: None, tmp_path: Path) -> None:
+    result = build(demo.recipe, tmp_path / "out", overrides=["gate.max_tokens=8"])
+    assert (result.path, result.manifest.recipe["gate"]["max_tokens"]) == (tmp_path / "out", 8)
+    assert {"engines", "gate"} <= result.stages.keys()
+    with LLM(result.path) as llm, LLM(demo.artifact) as first:
+        params = SamplingParams(temperature=0, max_tokens=8)
+        assert llm.generate("Once", params)[0].outputs == first.generate("Once", params)[0].outputs
 
 
 def test_dumped_graphs_tell_what_each_pass_did(demo: Demo, main: Cli, compiled: None, tmp_path: Path) -> None:

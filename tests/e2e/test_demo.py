@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -14,7 +18,7 @@ from ingot.artifacts.manifest import load_manifest
 from ingot.artifacts.store import check
 from ingot.runtime import LLM, SamplingParams
 
-from ..conftest import Demo
+from ..conftest import ROOT, Demo
 
 Ingot = Callable[..., CompletedProcess[str]]
 # Around the chunk of 16 tokens and the blocks of 8, over several chunks, and up to one token before the end of 128.
@@ -130,8 +134,6 @@ def test_a_prompt_gives_in_any_batch_what_it_gives_alone(
 
 
 def test_a_seed_fixes_the_tokens_and_another_seed_changes_them(llm: LLM, prompts: list[list[int]]) -> None:
-    import dataclasses
-
     first = tokens(llm, prompts[4], SAMPLED)
     assert tokens(llm, prompts[4], SAMPLED) == first
     others = {tuple(tokens(llm, prompts[4], dataclasses.replace(SAMPLED, seed=seed))) for seed in range(5)}
@@ -141,8 +143,6 @@ def test_a_seed_fixes_the_tokens_and_another_seed_changes_them(llm: LLM, prompts
 def test_seeded_tokens_survive_a_new_process(llm: LLM, demo_artifact: Path, ingot: Ingot) -> None:
     flags = ["--temperature=0.9", "--top-k=40", "--top-p=0.95", "--min-p=0.01", "--seed=11", f"--max-tokens={NEW}"]
     found = json.loads(ingot("run", demo_artifact, "Once upon", *flags, "--json").stdout)
-    import dataclasses
-
     [output] = llm.generate("Once upon", dataclasses.replace(SAMPLED, ignore_eos=False))
     assert found["token_ids"] == output.outputs[0].token_ids
     assert found["text"] == output.outputs[0].text
@@ -164,6 +164,16 @@ def test_more_requests_than_rows(llm: LLM, prompts: list[list[int]]) -> None:
     assert [o.outputs[0].token_ids for o in found[: len(prompts)]] == [
         o.outputs[0].token_ids for o in found[len(prompts) : 2 * len(prompts)]
     ]
+
+
+def test_the_readmes_example_runs(demo_artifact: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    [code] = [block for block in blocks if "from ingot.runtime" in block]
+    assert code.count("artifacts/built/demo") == 1
+    code = code.replace("artifacts/built/demo", str(demo_artifact))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout) > 100
 
 
 # --- the command line on the artifact --------------------------------------------------------------------------------

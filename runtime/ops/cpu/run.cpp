@@ -21,6 +21,12 @@ void report_error(const char* op, const char* message) {
 using RunFunction = int32_t (*)(void* container, AtenTensorHandle* inputs, size_t num_inputs, AtenTensorHandle* outputs,
                                 size_t num_outputs, void* stream, void* proxy_executor);
 
+#ifndef INGOT_KERNELS_ID
+#define INGOT_KERNELS_ID ""
+#endif
+// Which sources and flags this library was compiled from: a process can hold only one version.
+extern "C" INGOT_API const char* ingot_kernels_id() { return INGOT_KERNELS_ID; }
+
 // The last message of this thread's ops; empty if none failed. Valid until the next failure on this thread.
 extern "C" INGOT_API const char* ingot_last_error() { return ingot::last_error.c_str(); }
 

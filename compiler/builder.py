@@ -56,10 +56,6 @@ def build(
     Raises:
         UsageError (2), UnsupportedModelError (3), GateError (4), ResourceError (5).
     """
-    if recipe.target.device != "cpu":
-        raise UsageError(
-            f"target.device is {recipe.target.device!r}", "this version compiles for the CPU", "--set target.device=cpu"
-        )
     clock = _Clock()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with clock("trace and passes"):
@@ -201,11 +197,14 @@ def _fail(
     """The gate failed: find the pass, and say all of it."""
     from .bisect import find_culprit
 
-    with progress.stage("bisecting the passes"):
-        culprit = find_culprit(plan, weights.load, select(plan.recipe.passes.skip, passes))
+    try:
+        with progress.stage("bisecting the passes"):
+            culprit = find_culprit(plan, weights.load, select(plan.recipe.passes.skip, passes))
+        why = f"pass {culprit.name!r} brings the error in: {culprit.detail}" if culprit.name else culprit.detail
+    except Exception as error:  # noqa: BLE001 - the gate's own failure must be told, whatever the search meets
+        why = f"the search for the pass failed too: {type(error).__name__}: {str(error)[:200]}"
     engine, what = result.failures[0]
     more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
-    why = f"pass {culprit.name!r} brings the error in: {culprit.detail}" if culprit.name else culprit.detail
     raise GateError(
         f"the numeric gate failed: engine {engine}: {what}{more}", why,
         "the old artifact is untouched; skip or mend the pass, or change gate.budgets if this loss is meant",

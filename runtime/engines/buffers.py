@@ -1,0 +1,45 @@
+"""What an engine's inputs and outputs must be, from its shape and the cache: compared before anything native runs."""
+
+from __future__ import annotations
+
+from ...artifacts.errors import VerificationError
+from ...artifacts.manifest import Buffer, EngineEntry, Manifest
+
+
+def expected_buffers(entry: EngineEntry, manifest: Manifest) -> tuple[set[Buffer], set[Buffer]]:
+    """Inputs and outputs of an engine of this phase, batch and length over this cache."""
+    batch, length, cache = entry.batch, entry.length, manifest.kv_cache
+    inputs = {
+        Buffer("tokens", (batch, length), "int64"),
+        Buffer("positions", (batch, length), "int64"),
+        Buffer("block_tables", (batch, cache.max_blocks), "int32"),
+        Buffer("temperature", (batch,), "float32"),
+        Buffer("top_k", (batch,), "int32"),
+        Buffer("top_p", (batch,), "float32"),
+        Buffer("min_p", (batch,), "float32"),
+        Buffer("seeds", (batch,), "int64"),
+    }
+    if length > 1:
+        inputs.add(Buffer("last_index", (batch,), "int64"))
+    for index, layer in enumerate(cache.layers):
+        for kind, (heads, dim) in (("k", layer.key), ("v", layer.value)):
+            shape = (cache.num_blocks, cache.block_size, heads, dim)
+            inputs.add(Buffer(f"{kind}_cache_{index}", shape, cache.dtype))
+    outputs = {
+        Buffer("next_tokens", (batch,), "int64"),
+        Buffer("logits", (batch, manifest.model.vocab_size), "float32"),
+    }
+    return inputs, outputs
+
+
+def check_buffers(entry: EngineEntry, manifest: Manifest) -> None:
+    """Raise VerificationError unless the manifest's inputs and outputs of an engine are those its shape asks for."""
+    inputs, outputs = expected_buffers(entry, manifest)
+    for what, listed, wanted in (("inputs", entry.inputs, inputs), ("outputs", entry.outputs, outputs)):
+        if len(listed) != len(wanted) or set(listed) != wanted:
+            odd = sorted(b.name for b in set(listed) ^ wanted)
+            raise VerificationError(
+                f"the {what} of engine {entry.name} are not those of its shape",
+                f"they differ in {', '.join(odd[:5]) or 'number'}",
+                "build the artifact again",
+            )
