@@ -21,6 +21,8 @@ from typing import NoReturn
 from .. import __version__
 from ..artifacts.errors import IngotError, ResourceError, UsageError
 
+_COMPILE_EXTRA = ("torch", "transformers", "safetensors", "huggingface_hub")
+
 
 class _Parser(argparse.ArgumentParser):
     """Raises UsageError where argparse would print and exit."""
@@ -53,15 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except IngotError as error:
         return _report(error, error, debug)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _COMPILE_EXTRA:
+            return _internal(error, debug)
+        why = f"{error.name} is not installed: this is the lean runtime"
+        return _report(
+            ResourceError("this command needs the compiler", why, 'pip install "ingot[compile]"'), error, debug
+        )
     except MemoryError as error:
         fix = "close other programs, or choose a smaller model or batch"
         return _report(ResourceError("out of memory", str(error), fix), error, debug)
     except OSError as error:
         return _report(ResourceError(f"the system refused: {error.strerror or error}", str(error)), error, debug)
     except Exception as error:  # noqa: BLE001 - the last line of defence: a bug is told without a traceback
-        what = f"internal error: {type(error).__name__}: {str(error)[:500]}"
-        _report(IngotError(what, "this is a bug in Ingot", "run again with --debug and report it"), error, debug)
-        return 1
+        return _internal(error, debug)
 
 
 def _terminate(number: int, _frame: object) -> None:
@@ -77,6 +84,12 @@ def _report(shown: IngotError, error: BaseException, debug: bool) -> int:
         traceback.print_exception(error)
     print(f"error: {printable(str(shown))}", file=sys.stderr)
     return shown.exit_code
+
+
+def _internal(error: Exception, debug: bool) -> int:
+    what = f"internal error: {type(error).__name__}: {str(error)[:500]}"
+    _report(IngotError(what, "this is a bug in Ingot", "run again with --debug and report it"), error, debug)
+    return 1
 
 
 def _call(args: argparse.Namespace) -> int:

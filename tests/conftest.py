@@ -48,7 +48,7 @@ kv_block_size = 8
 prompts = ["Once upon a time", "The quick brown fox", "你好，世界。"]
 max_tokens = 16
 """
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320,
     "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,

@@ -92,8 +92,8 @@ def _respell(node: fx.Node) -> bool:
         return _set(node, aten._to_copy.default, (args[0],), {"dtype": dtype_of(node)})
     if node.target is aten.square.default:
         return _set(node, aten.pow.Tensor_Scalar, (args[0], 2))
-    # PyTorch computes both the same way; norms are written in either.
-    if node.target is aten.pow.Tensor_Scalar and args[1] == -0.5:
+    # PyTorch computes both the same way in float32, not in bfloat16 on every CPU; norms are written in either.
+    if node.target is aten.pow.Tensor_Scalar and args[1] == -0.5 and dtype_of(node) == torch.float32:
         return _set(node, aten.rsqrt.default, (args[0],))
     return False
 

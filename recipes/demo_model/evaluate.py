@@ -46,20 +46,13 @@ def exact_match(
 ) -> tuple[float, list[str]]:
     """Share of items whose greedy answer, stripped, is right, and the wrong answers."""
     prompts = [
-        tokenizer.apply_chat_template(
-            item["messages"], add_generation_prompt=True, tokenize=False
-        )
-        for item in items
+        tokenizer.apply_chat_template(item["messages"], add_generation_prompt=True, tokenize=False) for item in items
     ]
     # The template has already written the first special token.
-    batch = tokenizer(
-        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    )
+    batch = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    answers = tokenizer.batch_decode(
-        output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     wrong = [
         f"{text.strip()} (not {item['answer']})"
         for text, item in zip(answers, items, strict=True)
@@ -69,9 +62,7 @@ def exact_match(
 
 
 @torch.inference_mode()
-def continue_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str, temperature: float
-) -> str:
+def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str, temperature: float) -> str:
     """Continues a plain text, special tokens shown; temperature 0 is greedy."""
     inputs = tokenizer(text, return_tensors="pt")
     sampling = {"temperature": temperature, "top_k": 0} if temperature else {}
@@ -89,9 +80,7 @@ def continue_text(
 def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, question: str) -> str:
     """Answers one question, greedily."""
     messages = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

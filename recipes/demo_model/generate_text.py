@@ -63,10 +63,30 @@ SMALL_TALK = [
     ("[Thank you|Thanks][!|.|]", "You are welcome!"),
     ("[Goodbye|Bye|Good night][!|.|]", "Goodbye! Come back soon."),
 ]
-SOUNDS = {"cat": "meow", "dog": "woof", "duck": "quack", "frog": "croak", "owl": "hoot",
-          "cow": "moo", "sheep": "baa", "pig": "oink", "mouse": "squeak", "bee": "buzz"}
-OPPOSITES = {"hot": "cold", "big": "small", "day": "night", "happy": "sad", "up": "down",
-             "fast": "slow", "old": "new", "wet": "dry", "open": "closed", "left": "right"}
+SOUNDS = {
+    "cat": "meow",
+    "dog": "woof",
+    "duck": "quack",
+    "frog": "croak",
+    "owl": "hoot",
+    "cow": "moo",
+    "sheep": "baa",
+    "pig": "oink",
+    "mouse": "squeak",
+    "bee": "buzz",
+}
+OPPOSITES = {
+    "hot": "cold",
+    "big": "small",
+    "day": "night",
+    "happy": "sad",
+    "up": "down",
+    "fast": "slow",
+    "old": "new",
+    "wet": "dry",
+    "open": "closed",
+    "left": "right",
+}
 
 
 def expand(rng: random.Random, template: str) -> str:
@@ -175,9 +195,7 @@ def talk_turn(rng: random.Random) -> list[Message]:
         return turn(f"What does {with_article(animal)} say?", answer[0].upper() + answer[1:])
     pair = list(rng.choice(list(OPPOSITES.items())))
     rng.shuffle(pair)
-    return turn(
-        f"What is the opposite of {pair[0]}?", f"The opposite of {pair[0]} is {pair[1]}."
-    )
+    return turn(f"What is the opposite of {pair[0]}?", f"The opposite of {pair[0]} is {pair[1]}.")
 
 
 def chat_document(rng: random.Random, messages: list[Message]) -> str:

@@ -192,9 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--first-stage", type=int, default=1, help="2 goes on from the model of stage 1 in --out"
-    )
+    parser.add_argument("--first-stage", type=int, default=1, help="2 goes on from the model of stage 1 in --out")
     options = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)

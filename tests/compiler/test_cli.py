@@ -92,6 +92,8 @@ def raising(error: BaseException) -> Callable[[Any], int]:
         (MemoryError(), 5, "out of memory"),
         (OSError(28, "No space left on device"), 5, "No space left"),
         (ZeroDivisionError("x"), 1, "internal error: ZeroDivisionError: x"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 5, 'pip install "ingot[compile]"'),
+        (ModuleNotFoundError("No module named 'x'", name="x"), 1, "internal error: ModuleNotFoundError"),
     ],
 )
 def test_everything_else_is_one_message(
@@ -520,7 +522,7 @@ def test_bisect_names_the_pass(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str | None, code: int
 ) -> None:
     module = ModuleType("bisect")
-    module.bisect = lambda recipe, progress: FakeCulprit(name, "top1 0.5")  # type: ignore[attr-defined]
+    module.bisect = lambda recipe, progress, **options: FakeCulprit(name, "top1 0.5")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ingot.compiler.bisect", module)
     got, out, _ = run("bisect", DEMO, "--model", tmp_path)
     assert got == code
@@ -531,7 +533,7 @@ def test_bisect_names_the_pass(
 @pytest.mark.parametrize(("exact", "code"), [("yes", 0), ("no", 4)])
 def test_families_prints_the_table(run: Run, monkeypatch: pytest.MonkeyPatch, exact: str, code: int) -> None:
     module = ModuleType("families")
-    module.run = lambda names, progress: [  # type: ignore[attr-defined]
+    module.run = lambda names, progress, **options: [  # type: ignore[attr-defined]
         {"family": name, "exact": exact} for name in names if name != "none"
     ]
     monkeypatch.setitem(sys.modules, "ingot.compiler.families", module)

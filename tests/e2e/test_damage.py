@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from ingot.artifacts.errors import VerificationError
 from ingot.artifacts.fingerprint import digest_file
+from ingot.artifacts.store import open_artifact
 from ingot.runtime import LLM
+from ingot.runtime.engines.aoti_host import load_path
 
 from ..conftest import Demo
 
@@ -151,6 +153,15 @@ def test_code_is_verified_when_only_sizes_are_asked_for(
     with pytest.raises(VerificationError, match=r"decode-b1\.so"):
         LLM(folder, verify="sizes")
     assert not mark.exists()
+
+
+def test_code_is_loaded_from_the_bytes_that_were_verified(demo: Demo, tmp_path: Path) -> None:
+    artifact = open_artifact(demo.copy(tmp_path / "artifact"))
+    path, verified = load_path(artifact, ENGINE), artifact.path(ENGINE).read_bytes()
+    flip(artifact.root)
+    assert path.read_bytes() == verified
+    with pytest.raises(VerificationError, match=r"decode-b1\.so is not what was built"):
+        load_path(artifact, ENGINE)
 
 
 # --- engines whose manifest fits the files, but not each other -------------------------------------------------------

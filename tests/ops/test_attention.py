@@ -55,7 +55,8 @@ def case(batch, heads, kv_heads, length, dim, v_dim, size, positions, dtype=torc
 def check(kernels, inputs, scale=None, window=0, softcap=0.0, sinks=None):
     scale = scale or 1 / math.sqrt(inputs[0].shape[-1])
     result = kernels.call("paged_attention", *inputs, scale, window, softcap, None if sinks is None else (sinks,))
-    exact = oracle(*inputs, scale, window, softcap, sinks)
+    q, k_cache, v_cache, tables, positions = inputs
+    exact = oracle(q, k_cache, v_cache, tables, positions, scale, window, softcap, sinks)
     tolerance = 1e-5 if result.dtype == torch.float32 else torch.finfo(result.dtype).eps
     assert result.shape == exact.shape
     assert not result.isnan().any()

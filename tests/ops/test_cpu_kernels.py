@@ -52,7 +52,7 @@ def test_an_unknown_instruction_set_is_refused(tmp_path):
 def test_every_declared_op_is_exported(kernels):
     for name, declarations in C_SHIMS.items():
         assert f"aoti_torch_cpu_{name}(" in declarations[0]
-        assert isinstance(getattr(kernels.library, f"aoti_torch_cpu_{name}"), ctypes._CFuncPtr)
+        assert isinstance(getattr(kernels.library, f"aoti_torch_cpu_{name}"), ctypes._CFuncPtr)  # type: ignore[attr-defined]
 
 
 def test_the_soname_follows_the_source(kernels, tmp_path, monkeypatch):

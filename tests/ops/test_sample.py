@@ -28,7 +28,7 @@ def uniform(seed, position, count):
     return np.minimum(u, np.float32(1 - 2**-24))
 
 
-def oracle(logits, temperature, top_k, top_p, min_p, seed, position, slack=0.0):
+def oracle(logits, temperature, top_k, top_p, min_p, seed, position, *, slack=0.0):
     """(kept, scores): which tokens the rule leaves, top_p moved by `slack`, and z + noise in float64."""
     z = (logits / np.float32(temperature)).astype(np.float32)
     kept = np.ones(len(z), bool)

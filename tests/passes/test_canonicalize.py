@@ -53,7 +53,7 @@ def test_other_spellings_give_the_same_bits(dtype: torch.dtype, size: int) -> No
     x = b.input("x", size, dtype=dtype)
     before = b.done(b.call(aten.pow.Tensor_Scalar, b.call(aten.square.default, x), -0.5))
     after, outcome = apply(Canonicalize(), before)
-    assert outcome.changed == 2
+    assert outcome.changed == (2 if dtype == torch.float32 else 1)
     same_bits(before, after)
 
 
