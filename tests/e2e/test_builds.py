@@ -232,9 +232,11 @@ def test_an_interrupted_build_leaves_the_old_artifact_and_nothing_else(
     old = demo.copy(tmp_path / "out")
     before = snapshot(tmp_path)
     command = [sys.executable, "-m", "ingot.compiler.cli", "build", str(demo.recipe), "-o", str(old)]
+    # A test run in the background ignores SIGINT, and its children would, too.
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "CXX": str(compiler)}
-    ) as process:
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "CXX": str(compiler)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
         lines = []
         for line in process.stderr or ():
             lines.append(line)
