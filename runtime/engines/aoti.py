@@ -30,6 +30,16 @@ class _ConstantEntry(ctypes.Structure):
     _fields_ = (("name", ctypes.c_char_p), ("handle", Handle))
 
 
+# Of AOTInductor's C interface, what is called here.
+_FUNCTIONS = tuple(
+    f"AOTInductorModelContainer{name}"
+    for name in (
+        "CreateWithDevice", "Delete", "GetNumConstants", "GetConstantName", "UpdateUserManagedConstantBufferPairs",
+        "RunSingleThreaded",
+    )
+)  # fmt: skip
+
+
 def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Zeroed memory for a buffer, aligned for vector loads; bfloat16 is held as its bits."""
     kind = np.dtype(_STORED_AS.get(dtype, dtype))
@@ -55,7 +65,7 @@ class AOTIEngine:
         self._host = host
         self._serial = serial
         # Every engine exports the same names; loaded globally, the first would answer for all of them.
-        self._library = open_library(load_path(artifact, entry.file), entry.file, ctypes.RTLD_LOCAL)
+        self._library = open_library(load_path(artifact, entry.file), entry.file, ctypes.RTLD_LOCAL, _FUNCTIONS)
         self._container = Handle()
         self._check(
             self._library.AOTInductorModelContainerCreateWithDevice(

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from ...artifacts.errors import ResourceError, VerificationError
@@ -22,6 +23,8 @@ _SCALAR_TYPES = {
     "uint8": 0, "int8": 1, "int32": 3, "int64": 4, "float16": 5, "float32": 6, "float64": 7, "bool": 11, "bfloat16": 15,
     "float8_e4m3fn": 24,
 }  # fmt: skip
+# What every kernels library exports, besides the tensor functions that only engines look for.
+_KERNELS = ("ingot_kernels_id", "ingot_run", "ingot_last_error", "omp_set_num_threads", "omp_get_max_threads")
 
 
 class Host:
@@ -43,7 +46,7 @@ class Host:
             )
         name = next(iter(libraries))
         path = load_path(artifact, name)
-        _refuse_other_kernels(open_library(path, name, ctypes.RTLD_LOCAL))
+        _refuse_other_kernels(open_library(path, name, ctypes.RTLD_LOCAL, _KERNELS))
         self.kernels = open_library(path, name)
         self.blob = (owner or self.kernels).aoti_torch_create_tensor_from_blob
         self.run = self.kernels.ingot_run
@@ -71,15 +74,23 @@ class Host:
         return handle.value
 
 
-def open_library(path: Path, name: str, mode: int = ctypes.RTLD_GLOBAL) -> ctypes.CDLL:
+def open_library(path: Path, name: str, mode: int = ctypes.RTLD_GLOBAL, needs: Iterable[str] = ()) -> ctypes.CDLL:
+    """Load a shared object that must export the functions `needs`; `name` is what messages call it.
+
+    Raises:
+        VerificationError: it cannot be loaded, or lacks a function.
+    """
     try:
-        return ctypes.CDLL(str(path), mode)
+        library = ctypes.CDLL(str(path), mode)
     except OSError as error:
         raise VerificationError(
             f"{name} cannot be loaded",
             str(error),
             "build the artifact on this machine, or run it where it was built for",
         ) from error
+    if missing := [function for function in needs if not hasattr(library, function)]:
+        raise VerificationError(f"{name} is another library", f"it has no {missing[0]}", "build the artifact again")
+    return library
 
 
 def load_path(artifact: OpenArtifact, relative: str) -> Path:

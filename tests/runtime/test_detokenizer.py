@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -12,18 +10,15 @@ from ingot.runtime.tokenizer import Tokenizer
 
 from .conftest import byte_level_tokenizer
 
-STORIES = Path(__file__).parents[3] / "shared/models/stories260K/tokenizer.json"
 texts = st.text(max_size=40) | st.text(alphabet="aé世😀👩‍ \n�", max_size=30)
 
 
 @pytest.fixture(scope="module", params=["byte-level", "byte-fallback"])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = STORIES
-    if request.param == "byte-level":
-        path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-        byte_level_tokenizer().save(str(path))
-    elif not path.exists():
-        pytest.skip("shared/models/stories260K is not here: no tokenizer with byte fallback to test with")
+    if request.param == "byte-fallback":
+        return Tokenizer(request.getfixturevalue("stories") / "tokenizer.json", 512)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    byte_level_tokenizer().save(str(path))
     return Tokenizer(path, 512)
 
 
