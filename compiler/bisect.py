@@ -28,67 +28,100 @@ from .plan import Plan, make_plan
 from .recipe import Recipe
 from .trace import trace
 
-_MOST_STEPS = 6
-
 
 @dataclass(frozen=True)
 class Culprit:
-    """The pass that brings the error in; `name` is None when no pass does."""
+    """The pass that brings the error in.
+
+    Attributes:
+        name: None when no pass does.
+        missed: whether the budget is missed at all; without a name it is the trace itself that misses it.
+    """
 
     name: str | None
     detail: str
+    missed: bool
     tried: tuple[str, ...] = ()
 
 
-class Oracle:
-    """Judges lists of passes over one plan: rewrite, replay, compare. Traces and reference are made once."""
+@dataclass(frozen=True)
+class Case:
+    """What is replayed: a pair of engines, and the numbers of the gate's sequences that share a batch."""
 
-    def __init__(self, plan: Plan, load: Load) -> None:
+    pair: Pair
+    sequences: tuple[int, ...]
+
+
+class Oracle:
+    """Judges lists of passes over one plan: rewrite, replay, compare. Traces and reference are made once.
+
+    Args:
+        failed_pair, worst: the engines and the sequence that the gate found to fall short; without them every pair of
+            engines is a case, with the gate's longest sequences.
+    """
+
+    def __init__(self, plan: Plan, load: Load, failed_pair: tuple[str, str] | None = None, worst: int = -1) -> None:
         self.plan, self.load = plan, load
         recipe = plan.recipe
+        self.tokens = numeric_gate.plan_tokens(plan)
+        pairs = [failed_pair] if failed_pair is not None else numeric_gate.engine_pairs(recipe)
+        self.cases = [self._case(Pair(*pair), worst) for pair in pairs]
         model = make_model(plan.config, recipe.model.dtype)
-        self.pair = Pair(*numeric_gate.engine_pairs(recipe)[-1])
-        shapes = {s.name: s for s in recipe.engines() if s.name in (self.pair.prefill, self.pair.decode)}
-        self.traces = {name: trace(model, shape.batch, shape.length) for name, shape in shapes.items()}
-        vocabulary = numeric_gate_vocabulary(plan)
-        rows = shapes[self.pair.decode].batch
-        tokens = numeric_gate.gate_tokens(recipe, None, vocabulary, 0)
-        keep = list(range(len(tokens.sequences)))[-rows:]
-        self.tokens = numeric_gate.GateTokens(
-            [tokens.sequences[i][: tokens.prompts[i] + _MOST_STEPS] for i in keep], [tokens.prompts[i] for i in keep]
-        )
-        self.reference = numeric_gate.reference_logits(plan.config, load, self.tokens)
-        eager = numeric_gate.eager_logits(plan.config, recipe, load, self.tokens)
-        self.own = compare(self.reference, eager) if eager is not None else None
+        named = {name for case in self.cases for name in (case.pair.prefill, case.pair.decode)}
+        self.traces = {s.name: trace(model, s.batch, s.length) for s in recipe.engines() if s.name in named}
+        self.replayed = sorted({i for case in self.cases for i in case.sequences})
+        sequences = [self.tokens.sequences[i] for i in self.replayed]
+        tokens = numeric_gate.GateTokens(sequences, [self.tokens.prompts[i] for i in self.replayed])
+        self.reference = dict(zip(self.replayed, numeric_gate.reference_logits(plan.config, load, tokens)))
+        eager = numeric_gate.eager_logits(plan.config, recipe, load, tokens)
+        self.own = compare(list(self.reference.values()), eager) if eager is not None else None
         self.budget = numeric_gate.budget_for(recipe)
         self.tried: list[str] = []
 
-    def shortfalls(self, passes: Sequence[GraphPass], label: str = "all passes") -> list[str]:
+    def _case(self, pair: Pair, worst: int) -> Case:
+        """The worst sequence and, from the longest down, as many more as rows and cache blocks allow."""
+        count = len(self.tokens.sequences)
+        context = self.plan.contexts[pair.decode]
+        chosen: list[int] = []
+        free = context.num_blocks - 1
+        for i in dict.fromkeys([worst % count, *range(count - 1, -1, -1)]):
+            need = -(-len(self.tokens.sequences[i]) // context.block_size)
+            if len(chosen) < context.batch and need <= free:
+                chosen.append(i)
+                free -= need
+        return Case(pair, tuple(chosen))
+
+    def shortfalls(self, case: Case, passes: Sequence[GraphPass], label: str) -> list[str]:
         """What these passes' graphs miss of the budget; `label` names the prefix in the record of what was tried."""
-        graphs = {name: copy_graph(traced) for name, traced in self.traces.items()}
+        names = (case.pair.prefill, case.pair.decode)
+        graphs = {name: copy_graph(self.traces[name]) for name in names}
         for name, graph in graphs.items():
             run_passes(graph, passes, self.plan.contexts[name])
-        context = self.plan.contexts[self.pair.decode]
+        context = self.plan.contexts[case.pair.decode]
         cache = KVCache(context.block_size, context.num_blocks, context.max_blocks, self.plan.recipe.model.dtype, ())
         group = EagerGroup(graphs, self.load)
-        found: list[np.ndarray] = replay(group.engines, cache, self.pair, self.tokens.sequences, self.tokens.prompts)
-        missed = self.budget.shortfalls(compare(self.reference, found), self.own)
+        sequences = [self.tokens.sequences[i] for i in case.sequences]
+        prompts = [self.tokens.prompts[i] for i in case.sequences]
+        found: list[np.ndarray] = replay(group.engines, cache, case.pair, sequences, prompts)
+        missed = self.budget.shortfalls(compare([self.reference[i] for i in case.sequences], found), self.own)
         self.tried.append(f"{label}: {missed[0] if missed else 'within budget'}")
         return missed
 
 
-def numeric_gate_vocabulary(plan: Plan) -> int:
-    """Tokens the model knows, from its config."""
-    return int(plan.config["vocab_size"])
-
-
-def find_culprit(plan: Plan, load: Load, passes: Sequence[GraphPass]) -> Culprit:
+def find_culprit(
+    plan: Plan,
+    load: Load,
+    passes: Sequence[GraphPass],
+    failed_pair: tuple[str, str] | None = None,
+    worst: int = -1,
+) -> Culprit:
     """The first pass of `passes` whose prefix misses the budget.
 
     Args:
-        plan: shapes, config and contexts (its graphs are not used); load: stored weights by name.
+        plan: shapes, config and contexts (its graphs are not rewritten); load: stored weights by name.
+        failed_pair, worst: what the gate found to fall short, see `Oracle`.
     """
-    return search(Oracle(plan, load), passes)
+    return search(Oracle(plan, load, failed_pair, worst), passes)
 
 
 def search(oracle: Oracle, passes: Sequence[GraphPass]) -> Culprit:
@@ -99,28 +132,32 @@ def search(oracle: Oracle, passes: Sequence[GraphPass]) -> Culprit:
         """The first passes, and of the rest only what is needed to run."""
         return [*passes[:count], *(p for p in passes[count:] if p.name in STRUCTURAL)]
 
-    whole = oracle.shortfalls(passes)
-    if not whole:
+    for case in oracle.cases:
+        if whole := oracle.shortfalls(case, passes, f"all passes, {case.pair.prefill} + {case.pair.decode}"):
+            break
+    else:
         return Culprit(
             None,
             "no pass does: run eagerly, the graphs are within budget; if the engines are not, it is the back end",
+            False,
             tuple(oracle.tried),
         )
-    if bare := oracle.shortfalls(prefix(0), "only what is needed to run"):
+    if bare := oracle.shortfalls(case, prefix(0), "only what is needed to run"):
         return Culprit(
             None,
             f"the trace with nothing but {', '.join(STRUCTURAL)} already misses the budget: {bare[0]}",
+            True,
             tuple(oracle.tried),
         )
     good, bad, detail = 0, len(passes), whole[0]
     while bad - good > 1:
         middle = (good + bad) // 2
-        missed = oracle.shortfalls(prefix(middle), f"up to {passes[middle - 1].name}")
+        missed = oracle.shortfalls(case, prefix(middle), f"up to {passes[middle - 1].name}")
         if missed:
             bad, detail = middle, missed[0]
         else:
             good = middle
-    return Culprit(passes[bad - 1].name, detail, tuple(oracle.tried))
+    return Culprit(passes[bad - 1].name, detail, True, tuple(oracle.tried))
 
 
 def bisect(recipe: Recipe, *, progress: Progress, passes: Sequence[GraphPass] = PIPELINE) -> Culprit:

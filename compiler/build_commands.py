@@ -80,7 +80,7 @@ def bisect(args: argparse.Namespace) -> int:
     else:
         print_table("tried", ("", "prefix of the pipeline"), list(enumerate(result.tried, 1)))
         print(f"pass {result.name!r} brings the error in: {result.detail}" if result.name else result.detail)
-    return GateError.exit_code if result.name else 0
+    return GateError.exit_code if result.missed else 0
 
 
 def _pipeline(fault: str | None) -> Sequence[GraphPass]:

@@ -70,13 +70,13 @@ def build(
         manifest = draft_manifest(plan, weights)
         with clock("weights"), progress.stage("weights"):
             files = _write_weights(root / "weights", plan, weights)
-        has_tokenizer = write_assets(plan.config, plan.folder, root, manifest.model.vocab_size)
+        write_assets(plan.config, plan.folder, root, manifest.model.vocab_size)
         with clock("engines"):
             engines, host_library = _compile(plan, root, progress)
         target = replace(manifest.target, host_library=host_library)
         manifest = replace(manifest, target=target, engines=engines, weights=tuple(f"weights/{f}" for f in files))
         with clock("gate"), progress.stage("numeric gate"):
-            result = _gate(plan, weights, root, manifest, has_tokenizer)
+            result = _gate(plan, weights, root, manifest)
         if not result.passed:
             _fail(plan, weights, result, progress, passes)
         task = None
@@ -168,18 +168,8 @@ def _compile(plan: Plan, root: Path, progress: Progress) -> tuple[tuple[EngineEn
     return tuple(entries), "libtorch" if missing else "none"
 
 
-def _gate(
-    plan: Plan, weights: ModelWeights, root: Path, manifest: Manifest, has_tokenizer: bool
-) -> numeric_gate.GateResult:
-    recipe = plan.recipe
-    encode = None
-    if has_tokenizer:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
-        encode = lambda text: tokenizer.encode(text).ids  # noqa: E731
-    window = max((layer.window for layer in manifest.kv_cache.layers), default=0)
-    tokens = numeric_gate.gate_tokens(recipe, encode, manifest.model.vocab_size, window)
+def _gate(plan: Plan, weights: ModelWeights, root: Path, manifest: Manifest) -> numeric_gate.GateResult:
+    recipe, tokens = plan.recipe, numeric_gate.plan_tokens(plan)
     pairs = numeric_gate.engine_pairs(recipe)
     found = numeric_gate.replay_in_child(root, listed(root, manifest), pairs, tokens)
     reference = numeric_gate.reference_logits(plan.config, weights.load, tokens)
@@ -199,7 +189,8 @@ def _fail(
 
     try:
         with progress.stage("bisecting the passes"):
-            culprit = find_culprit(plan, weights.load, select(plan.recipe.passes.skip, passes))
+            chosen = select(plan.recipe.passes.skip, passes)
+            culprit = find_culprit(plan, weights.load, chosen, result.failed_pair, result.worst)
         why = f"pass {culprit.name!r} brings the error in: {culprit.detail}" if culprit.name else culprit.detail
     except Exception as error:  # noqa: BLE001 - the gate's own failure must be told, whatever the search meets
         why = f"the search for the pass failed too: {type(error).__name__}: {str(error)[:200]}"

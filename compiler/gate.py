@@ -23,8 +23,10 @@ from ..artifacts import errors
 from ..artifacts.errors import ResourceError
 from ..artifacts.manifest import Manifest
 from .metrics import Distance, compare
+from .plan import Plan
 from .recipe import Recipe
 from .reference_model import ReferenceModel
+from .tokenizer_check import check_tokenizer
 
 _TIMEOUT_S = 3600
 _LONGEST_WINDOW = 1024
@@ -116,6 +118,22 @@ def gate_tokens(recipe: Recipe, encode: Callable[[str], list[int]] | None, vocab
     return GateTokens(sequences, prompts)
 
 
+def plan_tokens(plan: Plan) -> GateTokens:
+    """`gate_tokens` of a plan, with its model's own tokenizer where there is one.
+
+    Raises:
+        UsageError: the tokenizer is broken.
+    """
+    window = max((layer.window for layer in plan.cache_layers), default=0)
+    path = check_tokenizer(plan.folder, plan.vocabulary) if plan.folder is not None else None
+    if path is None:
+        return gate_tokens(plan.recipe, None, plan.vocabulary, window)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    return gate_tokens(plan.recipe, lambda text: list(tokenizer.encode(text).ids), plan.vocabulary, window)
+
+
 def engine_pairs(recipe: Recipe) -> list[tuple[str, str]]:
     """Prefill and decode engines to run together, so that every engine runs at least once."""
     prefill = [e.name for e in recipe.engines() if e.phase == "prefill"]
@@ -178,10 +196,17 @@ def run_child(module: str, *args: str) -> str:
 
 @dataclass(frozen=True)
 class GateResult:
-    """The gate's judgement, as it goes into manifest and report."""
+    """The gate's judgement, as it goes into manifest and report.
+
+    Attributes:
+        failures: (engine or pair of engines, what fell short).
+        failed_pair: the first pair of engines that fell short; worst: the number of its worst sequence.
+    """
 
     report: dict[str, Any]
-    failures: list[tuple[str, str]]  # (engine pair, what fell short)
+    failures: list[tuple[str, str]]
+    failed_pair: tuple[str, str] | None = None
+    worst: int = 0
 
     @property
     def passed(self) -> bool:
@@ -207,6 +232,7 @@ def judge(
     whole_pairs: list[dict[str, Any]] = []
     engines: dict[str, Distance] = {}
     failures: list[tuple[str, str]] = []
+    failed_pair, worst_sequence = None, 0
     for (prefill, decode), rows in zip(pairs, logits):
         wanted, found = [reference[i] for i, _ in rows], [values for _, values in rows]
         whole = compare(wanted, found)
@@ -224,6 +250,10 @@ def judge(
             failures += [(engine, m) for m in Budget(budget.max_relative_error).shortfalls(part, None)]
         overall = Budget(None, budget.mean_kl, budget.top1).shortfalls(whole, own)
         failures += [(f"{prefill} + {decode}", m) for m in overall if whole.finite]
+        if failures and failed_pair is None:
+            failed_pair = (prefill, decode)
+            off = [compare([w], [f]).max_relative_error for w, f in zip(wanted, found)]
+            worst_sequence = rows[int(np.argmax(off))][0]
     report = {
         "reference": "transformers eager float32",
         "budget": {k: v for k, v in budget.__dict__.items() if v is not None},
@@ -235,7 +265,7 @@ def judge(
         "passed": not failures,
         "failures": [f"{engine}: {what}" for engine, what in failures],
     }
-    return GateResult(report, failures)
+    return GateResult(report, failures, failed_pair, worst_sequence)
 
 
 def reference_logits(config: dict[str, Any], load: Callable[[str], Any], tokens: GateTokens) -> list[np.ndarray]:

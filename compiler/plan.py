@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from ..artifacts.errors import UsageError
+from ..artifacts.manifest import CacheLayer
 from ..passes.base import Context, GraphPass
 from ..passes.graph import TracedGraph
 from ..passes.instruments import DumpIR, PassRecord, Recorder
 from ..passes.manager import Instrument, run_passes
+from .backends.aoti import output_buffers
 from .config_check import check_length, check_memory, read_config
 from .console import Progress
 from .load_model import make_model
@@ -38,6 +40,17 @@ class Plan:
     graphs: dict[str, TracedGraph]
     records: dict[str, list[PassRecord]]
     contexts: dict[str, Context]
+
+    @property
+    def cache_layers(self) -> tuple[CacheLayer, ...]:
+        """The KV cache of each layer, as the pass that put it in has found it; the same in every engine."""
+        facts = next(r.facts for r in next(iter(self.records.values())) if "layers" in r.facts)
+        return tuple(CacheLayer(tuple(x["key"]), tuple(x["value"]), x["window"]) for x in facts["layers"])  # type: ignore[attr-defined]
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits per token: what the config calls vocab_size, as the graphs have it."""
+        return output_buffers(next(iter(self.graphs.values())))[1].shape[1]
 
 
 def context_for(recipe: Recipe, shape: EngineShape) -> Context:

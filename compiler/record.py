@@ -16,7 +16,7 @@ import torch
 
 from .. import __version__
 from ..artifacts.fingerprint import digest_file
-from ..artifacts.manifest import CacheLayer, EngineEntry, FileEntry, KVCache, Manifest, Model, Target
+from ..artifacts.manifest import EngineEntry, FileEntry, KVCache, Manifest, Model, Target
 from ..artifacts.target import host_target
 from .assets import write_assets
 from .backends.aoti import input_buffers, output_buffers
@@ -32,14 +32,12 @@ def draft_manifest(plan: Plan, weights: ModelWeights) -> Manifest:
     recipe, config = plan.recipe, plan.config
     graph = next(iter(plan.graphs.values()))
     context = next(iter(plan.contexts.values()))
-    facts = next(r.facts for r in next(iter(plan.records.values())) if "layers" in r.facts)
-    layers = tuple(CacheLayer(tuple(x["key"]), tuple(x["value"]), x["window"]) for x in facts["layers"])  # type: ignore[attr-defined]
-    logits = output_buffers(graph)[1]
+    layers = plan.cache_layers
     host = host_target()
     parameters = sum(getattr(graph.gm, name).numel() for name in graph.weights.entries)
     model = Model(
         architecture=str((config.get("architectures") or [config["model_type"]])[0]), model_type=config["model_type"],
-        vocab_size=logits.shape[1], max_length=recipe.model.max_length, dtype=recipe.model.dtype,
+        vocab_size=plan.vocabulary, max_length=recipe.model.max_length, dtype=recipe.model.dtype,
         hidden_size=int(config.get("hidden_size") or config.get("n_embd") or 1), num_layers=len(layers),
         parameters=parameters,
     )  # fmt: skip

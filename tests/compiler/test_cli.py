@@ -514,15 +514,16 @@ def test_passes_lists_the_pipeline_in_order(run: Run) -> None:
 class FakeCulprit:
     name: str | None
     detail: str
+    missed: bool
     tried: tuple[str, ...] = ("trace: within budget",)
 
 
-@pytest.mark.parametrize(("name", "code"), [("fuse-rope", 4), (None, 0)])
+@pytest.mark.parametrize(("name", "missed", "code"), [("fuse-rope", True, 4), (None, True, 4), (None, False, 0)])
 def test_bisect_names_the_pass(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str | None, code: int
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str | None, missed: bool, code: int
 ) -> None:
     module = ModuleType("bisect")
-    module.bisect = lambda recipe, progress, **options: FakeCulprit(name, "top1 0.5")  # type: ignore[attr-defined]
+    module.bisect = lambda recipe, progress, **options: FakeCulprit(name, "top1 0.5", missed)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ingot.compiler.bisect", module)
     got, out, _ = run("bisect", DEMO, "--model", tmp_path)
     assert got == code

@@ -10,11 +10,11 @@
 namespace ingot {
 namespace {
 
-constexpr int64_t kFewRows = 8;            // up to here weights are converted in registers
-constexpr int64_t kRowBlock = 128;         // input rows per task with many rows: their partial sums stay in L2
-constexpr int64_t kStrip = 4;              // input rows that pass over a panel together
-constexpr int64_t kPanel = 48;             // weight rows per panel: 48 * kBlockK floats are 96 KiB of L2
-constexpr int64_t kStreamBytes = 96 << 10; // weight bytes per task with few rows: long enough for the prefetchers
+constexpr int64_t kFewRows = 8;              // up to here weights are converted in registers
+constexpr int64_t kRowBlock = 128;           // input rows per task with many rows: their partial sums stay in L2
+constexpr int64_t kStrip = 4;                // input rows that pass over a panel together
+constexpr int64_t kPanel = 48;               // weight rows per panel: 48 * kBlockK floats are 96 KiB of L2
+constexpr int64_t kStreamBytes = 512 << 10;  // weight bytes per task with few rows: its first ones are not read ahead
 
 struct PanelTag {};
 struct SumsTag {};
@@ -32,12 +32,13 @@ struct Problem {
 // Adds a block of k columns for input rows [0, m) and `count` weight rows that lie `ldw` apart.
 template <int NR, bool Ahead = false, class T>
 inline void panel_times(const float* x, int64_t ldx, int64_t m, const T* w, int64_t ldw, int64_t count, int64_t k,
-                        float* sums, int64_t ld, int64_t ahead = 0) {
+                        float* sums, int64_t ld, const char* next = nullptr) {
   int64_t column = 0;
   for (; column + NR <= count; column += NR) {
     const T* rows[NR];
     for (int n = 0; n < NR; ++n) rows[n] = w + (column + n) * ldw;
-    rows_times<NR, Ahead>(x, ldx, m, rows, k, sums + column, ld, ahead);
+    const char* near = Ahead ? next + column * k * int64_t(sizeof(T)) : nullptr;
+    rows_times<NR, Ahead>(x, ldx, m, rows, k, sums + column, ld, near);
   }
   for (; column < count; ++column) {
     const T* row = w + column * ldw;
@@ -67,7 +68,6 @@ void finish(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, fl
 template <class T>
 void stream_weights(const Problem& p, const T* w, int64_t n0, int64_t n1) {
   constexpr int64_t streams = 4, strip = 64;
-  const int64_t ahead = streams * p.k * int64_t(sizeof(T));  // the next rows; past the end it does no harm
   for (int64_t s0 = n0; s0 < n1; s0 += strip) {
     const int64_t s1 = std::min(n1, s0 + strip);
     float sums[kFewRows * strip];
@@ -78,8 +78,11 @@ void stream_weights(const Problem& p, const T* w, int64_t n0, int64_t n1) {
         const int64_t block = std::min(kBlockK, p.k - k);
         const T* rows = w + n * p.k + k;
         float* to = sums + n - s0;
-        if (p.m <= 2) panel_times<4, true>(p.x + k, p.k, p.m, rows, p.k, count, block, to, strip, ahead);
-        else panel_times<kColumns, true>(p.x + k, p.k, p.m, rows, p.k, count, block, to, strip, ahead);
+        // While these rows are multiplied the next ones are read. They lie together, so their blocks of k do not matter.
+        const T* after = w + (n + streams < n1 ? n + streams : n) * p.k + k * streams;
+        const char* next = reinterpret_cast<const char*>(after);
+        if (p.m <= 2) panel_times<4, true>(p.x + k, p.k, p.m, rows, p.k, count, block, to, strip, next);
+        else panel_times<kColumns, true>(p.x + k, p.k, p.m, rows, p.k, count, block, to, strip, next);
       }
     }
     finish(p, 0, p.m, s0, s1, sums, strip);
