@@ -20,12 +20,14 @@ from ..runtime.replay import Pair, replay
 from . import gate as numeric_gate
 from .console import Progress
 from .eager_engines import EagerGroup
+from .gate import GateTokens
 from .load_model import make_model
 from .metrics import compare
 from .model_weights import open_weights
 from .pipelines import PIPELINE, STRUCTURAL, select
 from .plan import Plan, make_plan
 from .recipe import Recipe
+from .tokenizer_check import check_tokenizer
 from .trace import trace
 
 
@@ -56,24 +58,30 @@ class Oracle:
     """Judges lists of passes over one plan: rewrite, replay, compare. Traces and reference are made once.
 
     Args:
+        tokens: the gate's.
         failed_pair, worst: the engines and the sequence that the gate found to fall short; without them every pair of
             engines is a case, with the gate's longest sequences.
     """
 
-    def __init__(self, plan: Plan, load: Load, failed_pair: tuple[str, str] | None = None, worst: int = -1) -> None:
-        self.plan, self.load = plan, load
+    def __init__(
+        self,
+        plan: Plan,
+        load: Load,
+        tokens: GateTokens,
+        failed_pair: tuple[str, str] | None = None,
+        worst: int = -1,
+    ) -> None:
+        self.plan, self.load, self.tokens = plan, load, tokens
         recipe = plan.recipe
-        self.tokens = numeric_gate.plan_tokens(plan)
         pairs = [failed_pair] if failed_pair is not None else numeric_gate.engine_pairs(recipe)
         self.cases = [self._case(Pair(*pair), worst) for pair in pairs]
         model = make_model(plan.config, recipe.model.dtype)
         named = {name for case in self.cases for name in (case.pair.prefill, case.pair.decode)}
         self.traces = {s.name: trace(model, s.batch, s.length) for s in recipe.engines() if s.name in named}
-        self.replayed = sorted({i for case in self.cases for i in case.sequences})
-        sequences = [self.tokens.sequences[i] for i in self.replayed]
-        tokens = numeric_gate.GateTokens(sequences, [self.tokens.prompts[i] for i in self.replayed])
-        self.reference = dict(zip(self.replayed, numeric_gate.reference_logits(plan.config, load, tokens)))
-        eager = numeric_gate.eager_logits(plan.config, recipe, load, tokens)
+        replayed = sorted({i for case in self.cases for i in case.sequences})
+        chosen = GateTokens([tokens.sequences[i] for i in replayed], [tokens.prompts[i] for i in replayed])
+        self.reference = dict(zip(replayed, numeric_gate.reference_logits(plan.config, load, chosen)))
+        eager = numeric_gate.eager_logits(plan.config, recipe, load, chosen)
         self.own = compare(list(self.reference.values()), eager) if eager is not None else None
         self.budget = numeric_gate.budget_for(recipe)
         self.tried: list[str] = []
@@ -111,6 +119,7 @@ class Oracle:
 def find_culprit(
     plan: Plan,
     load: Load,
+    tokens: GateTokens,
     passes: Sequence[GraphPass],
     failed_pair: tuple[str, str] | None = None,
     worst: int = -1,
@@ -119,9 +128,9 @@ def find_culprit(
 
     Args:
         plan: shapes, config and contexts (its graphs are not rewritten); load: stored weights by name.
-        failed_pair, worst: what the gate found to fall short, see `Oracle`.
+        tokens, failed_pair, worst: what the gate replayed and found to fall short, see `Oracle`.
     """
-    return search(Oracle(plan, load, failed_pair, worst), passes)
+    return search(Oracle(plan, load, tokens, failed_pair, worst), passes)
 
 
 def search(oracle: Oracle, passes: Sequence[GraphPass]) -> Culprit:
@@ -171,5 +180,7 @@ def bisect(recipe: Recipe, *, progress: Progress, passes: Sequence[GraphPass] = 
     """
     plan, model = make_plan(recipe, progress, None, passes)
     weights = open_weights(model, plan.folder, recipe.model.dtype, recipe.model.seed)
+    tokenizer = check_tokenizer(plan.folder, plan.vocabulary) if plan.folder is not None else None
     with progress.stage("bisect"):
-        return find_culprit(plan, weights.load, select(recipe.passes.skip, passes))
+        tokens = numeric_gate.plan_tokens(plan, tokenizer)
+        return find_culprit(plan, weights.load, tokens, select(recipe.passes.skip, passes))

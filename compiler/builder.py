@@ -21,6 +21,7 @@ from .assets import write_assets
 from .backends.aoti import compile_engine, input_buffers, missing_symbols, output_buffers
 from .backends.cpu_kernels import compile_kernels
 from .console import Progress
+from .gate import GateTokens
 from .model_weights import ModelWeights, open_weights
 from .pipelines import PIPELINE, select
 from .plan import Plan, make_plan
@@ -70,15 +71,16 @@ def build(
         manifest = draft_manifest(plan, weights)
         with clock("weights"), progress.stage("weights"):
             files = _write_weights(root / "weights", plan, weights)
-        write_assets(plan.config, plan.folder, root, manifest.model.vocab_size)
+        has_tokenizer = write_assets(plan.config, plan.folder, root, manifest.model.vocab_size)
         with clock("engines"):
             engines, host_library = _compile(plan, root, progress)
         target = replace(manifest.target, host_library=host_library)
         manifest = replace(manifest, target=target, engines=engines, weights=tuple(f"weights/{f}" for f in files))
+        tokens = numeric_gate.plan_tokens(plan, root / "tokenizer.json" if has_tokenizer else None)
         with clock("gate"), progress.stage("numeric gate"):
-            result = _gate(plan, weights, root, manifest)
+            result = _gate(plan, weights, root, manifest, tokens)
         if not result.passed:
-            _fail(plan, weights, result, progress, passes)
+            _fail(plan, weights, tokens, result, progress, passes)
         task = None
         if recipe.gate.task:
             from .task import run_task
@@ -168,9 +170,10 @@ def _compile(plan: Plan, root: Path, progress: Progress) -> tuple[tuple[EngineEn
     return tuple(entries), "libtorch" if missing else "none"
 
 
-def _gate(plan: Plan, weights: ModelWeights, root: Path, manifest: Manifest) -> numeric_gate.GateResult:
-    recipe, tokens = plan.recipe, numeric_gate.plan_tokens(plan)
-    pairs = numeric_gate.engine_pairs(recipe)
+def _gate(
+    plan: Plan, weights: ModelWeights, root: Path, manifest: Manifest, tokens: GateTokens
+) -> numeric_gate.GateResult:
+    recipe, pairs = plan.recipe, numeric_gate.engine_pairs(plan.recipe)
     found = numeric_gate.replay_in_child(root, listed(root, manifest), pairs, tokens)
     reference = numeric_gate.reference_logits(plan.config, weights.load, tokens)
     result = numeric_gate.judge(recipe, pairs, found, reference, None, tokens)
@@ -182,7 +185,12 @@ def _gate(plan: Plan, weights: ModelWeights, root: Path, manifest: Manifest) -> 
 
 
 def _fail(
-    plan: Plan, weights: ModelWeights, result: numeric_gate.GateResult, progress: Progress, passes: Sequence[GraphPass]
+    plan: Plan,
+    weights: ModelWeights,
+    tokens: GateTokens,
+    result: numeric_gate.GateResult,
+    progress: Progress,
+    passes: Sequence[GraphPass],
 ) -> None:
     """The gate failed: find the pass, and say all of it."""
     from .bisect import find_culprit
@@ -190,7 +198,7 @@ def _fail(
     try:
         with progress.stage("bisecting the passes"):
             chosen = select(plan.recipe.passes.skip, passes)
-            culprit = find_culprit(plan, weights.load, chosen, result.failed_pair, result.worst)
+            culprit = find_culprit(plan, weights.load, tokens, chosen, result.failed_pair, result.worst)
         why = f"pass {culprit.name!r} brings the error in: {culprit.detail}" if culprit.name else culprit.detail
     except Exception as error:  # noqa: BLE001 - the gate's own failure must be told, whatever the search meets
         why = f"the search for the pass failed too: {type(error).__name__}: {str(error)[:200]}"

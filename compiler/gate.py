@@ -26,7 +26,6 @@ from .metrics import Distance, compare
 from .plan import Plan
 from .recipe import Recipe
 from .reference_model import ReferenceModel
-from .tokenizer_check import check_tokenizer
 
 _TIMEOUT_S = 3600
 _LONGEST_WINDOW = 1024
@@ -118,20 +117,15 @@ def gate_tokens(recipe: Recipe, encode: Callable[[str], list[int]] | None, vocab
     return GateTokens(sequences, prompts)
 
 
-def plan_tokens(plan: Plan) -> GateTokens:
-    """`gate_tokens` of a plan, with its model's own tokenizer where there is one.
-
-    Raises:
-        UsageError: the tokenizer is broken.
-    """
+def plan_tokens(plan: Plan, tokenizer: Path | None) -> GateTokens:
+    """`gate_tokens` of a plan; `tokenizer` is its model's tokenizer.json, checked before, where there is one."""
     window = max((layer.window for layer in plan.cache_layers), default=0)
-    path = check_tokenizer(plan.folder, plan.vocabulary) if plan.folder is not None else None
-    if path is None:
+    if tokenizer is None:
         return gate_tokens(plan.recipe, None, plan.vocabulary, window)
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
-    return gate_tokens(plan.recipe, lambda text: list(tokenizer.encode(text).ids), plan.vocabulary, window)
+    loaded = Tokenizer.from_file(str(tokenizer))
+    return gate_tokens(plan.recipe, lambda text: list(loaded.encode(text).ids), plan.vocabulary, window)
 
 
 def engine_pairs(recipe: Recipe) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from ingot.artifacts.errors import UsageError
@@ -16,6 +17,7 @@ from ingot.compiler.backends.aoti import input_buffers, output_buffers
 from ingot.compiler.bisect import Oracle, bisect, find_culprit, search
 from ingot.compiler.console import SilentProgress
 from ingot.compiler.faults import FAULTS, ShiftRoPE, plant
+from ingot.compiler.gate import Budget, GateTokens, judge, plan_tokens
 from ingot.compiler.model_weights import open_weights
 from ingot.compiler.pipelines import PIPELINE, STRUCTURAL
 from ingot.compiler.plan import Plan, make_plan
@@ -64,14 +66,40 @@ def planned(recipe: Recipe) -> tuple[Plan, Load]:
 
 @pytest.fixture(scope="module")
 def oracle(planned: tuple[Plan, Load]) -> Oracle:
-    return Oracle(*planned)
+    return Oracle(*planned, plan_tokens(planned[0], None))
 
 
 def test_the_sound_pipeline_has_no_culprit(planned: tuple[Plan, Load]) -> None:
-    found = find_culprit(*planned, PIPELINE)
+    found = find_culprit(*planned, plan_tokens(planned[0], None), PIPELINE)
     assert found.name is None
     assert "no pass does" in found.detail
     assert len(found.tried) == 1, "one look at the whole is enough"
+
+
+def test_bisection_begins_with_what_the_gate_saw_fail(planned: tuple[Plan, Load]) -> None:
+    tokens = plan_tokens(planned[0], None)
+    (case,) = Oracle(*planned, tokens, ("prefill-c8", "decode-b2"), worst=0).cases
+    assert (case.pair.prefill, case.pair.decode) == ("prefill-c8", "decode-b2")
+    assert case.sequences == (0, len(tokens.sequences) - 1), "the worst, and the longest beside it"
+
+
+def test_a_trace_that_misses_the_budget_is_no_pass_and_yet_a_miss(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oracle, "budget", Budget(max_relative_error=0.0))
+    found = search(oracle, PIPELINE)
+    assert (found.name, found.missed) == (None, True)
+    assert "already misses the budget" in found.detail
+
+
+def test_the_gate_names_the_failing_pair_and_its_worst_sequence(recipe: Recipe) -> None:
+    pairs = [("prefill-c8", "decode-b1"), ("prefill-c8", "decode-b2")]
+    wanted = [np.eye(3, 4, dtype=np.float32), np.eye(3, 4, dtype=np.float32)]
+    off = wanted[1] + np.array([0.5, 0, 0, 0], np.float32)
+    logits = [[(0, wanted[0]), (1, wanted[1])], [(0, wanted[0]), (1, off)]]
+    result = judge(recipe, pairs, logits, wanted, None, GateTokens([[1], [1]], [1, 1]))
+    assert (result.failed_pair, result.worst) == (pairs[1], 1)
+    assert judge(recipe, pairs[:1], logits[:1], wanted, None, GateTokens([[1], [1]], [1, 1])).failed_pair is None
 
 
 @pytest.mark.parametrize("name", NAMES)
