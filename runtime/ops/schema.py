@@ -1,7 +1,8 @@
 """Registers Ingot's ops with PyTorch: schema, shapes (for tracing on `meta`) and the reference semantics.
 
 Importing this module once is what makes `torch.ops.ingot.*` exist. Passes and back ends refer to the ops by these
-schemas; `_OPS` is the whole dialect. All of them are pure but `cache_write`.
+schemas; `_OPS` is the whole dialect. All of them are pure but `cache_write` and
+`attention_step`, which write the cache.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import reference
+from . import fused_reference, reference
 
 _LIBRARY = torch.library.Library("ingot", "DEF")
 
 
 def _attention_shape(q: Tensor, v_like: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_like.shape[-1])
+
+
+def _fused_linear_shape(x: Tensor, weight: Tensor, activation: str, wide: bool) -> Tensor:
+    columns = weight.shape[0] // 2 if activation else weight.shape[0]
+    return x.new_empty(*x.shape[:-1], columns, dtype=torch.float32 if wide else x.dtype)
 
 
 def _sum_and_norm(x: Tensor, residual: Tensor, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
@@ -86,6 +92,21 @@ _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
         "(Tensor x, Tensor cos, Tensor sin) -> Tensor",
         reference.rotate_half,
         lambda x, cos, sin: torch.empty_like(x),
+    ),
+    "fused_linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, float eps, float offset, "
+        "bool narrow_first, str activation, bool gate_first, bool wide) -> Tensor",
+        fused_reference.fused_linear,
+        lambda x, weight, bias, norm_weight, residual, eps, offset, narrow_first, activation, gate_first, wide: (
+            _fused_linear_shape(x, weight, activation, wide)
+        ),
+    ),
+    "attention_step": (
+        "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_tables, Tensor positions, "
+        "Tensor? cos, Tensor? sin, Tensor? q_norm, Tensor? k_norm, Tensor? sinks, float eps, float offset, "
+        "bool narrow_first, float scale, int window, float softcap) -> Tensor",
+        fused_reference.attention_step,
+        lambda q, k, v, k_cache, v_cache, *rest: _attention_shape(q, v_cache),
     ),
     "sample": (
         "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor positions)"
