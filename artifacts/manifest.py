@@ -24,6 +24,7 @@ FILE_NAME = "manifest.json"
 # Written beside the manifest but not in it: they carry times and host names, which would make equal builds differ.
 UNLISTED = ("report/provenance.json", "report/build.log")
 
+ENGINE_KINDS = ("aoti", "plan")
 # In the words of numpy and safetensors.
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int64", "int32", "int8", "uint8", "bool")
 
@@ -76,12 +77,14 @@ class Constant:
 class EngineEntry:
     """One compiled graph for one fixed shape: `batch` rows of `length` tokens.
 
-    `file` is the engine; `libraries` are shared objects of the artifact to load before it. Outputs hold at least
-    next_tokens [batch] int64 and logits [batch, vocabulary] float32.
+    `kind` "aoti": `file` is a shared object, `libraries` are those to load before it. `kind` "plan": `file` is a kernel
+    plan (kernel_plan.py), `libraries` its cubins, and a constant's symbol is its weight's name. Outputs hold at least
+    next_tokens [batch] int64 and logits [batch, vocabulary] float32. `memory_bytes` is what the engine takes on a
+    device besides weights and cache: arena, inputs and outputs (0 where all of it is the host's).
     """
 
     name: Name
-    kind: Annotated[str, OneOf(("aoti",))]
+    kind: Annotated[str, OneOf(ENGINE_KINDS)]
     phase: Annotated[str, OneOf(("decode", "prefill"))]
     batch: SmallCount
     length: SmallCount
@@ -90,6 +93,7 @@ class EngineEntry:
     outputs: tuple[Buffer, ...]
     constants: tuple[Constant, ...]
     libraries: tuple[RelativePath, ...]
+    memory_bytes: Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +135,9 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where the engines run: device, system and machine in `platform`'s words (lower case), CPU flags they need.
+    """Where the engines run: device, system and machine in `platform`'s words (lower case), and what they need there.
+
+    `isa` holds CPU flags for the device "cpu"; for "cuda" the compute capabilities that there is code for ("sm_90").
 
     `host_library` is "libtorch" for engines linked against torch's libraries, whose version is then `torch`.
     """
@@ -201,7 +207,7 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def native_code(self) -> frozenset[str]:
-        """The paths whose content is executed: engines and their libraries."""
+        """The paths whose content is executed: engines and their libraries, be it by the CPU or a GPU."""
         return frozenset(path for engine in self.engines for path in (engine.file, *engine.libraries))
 
 

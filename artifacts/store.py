@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from .errors import UsageError, VerificationError
-from .files import os_errors
+from .files import os_errors, read_small
+from .fingerprint import digest_bytes
 from .folder import Finding, compare_digests, compare_entries
 from .manifest import FILE_NAME, Manifest, load_manifest
 from .target import check_target
@@ -26,10 +27,15 @@ _SHOWN = 20  # findings named in one error
 
 @dataclasses.dataclass(frozen=True)
 class OpenArtifact:
-    """An artifact whose manifest, entries and sizes were checked, and its digests too if opened with "full"."""
+    """An artifact whose manifest, entries and sizes were checked, and its digests too if opened with "full".
+
+    `unread` names files whose digests were left to whoever reads them: weights that are digested on their way to a
+    device. Nothing of an artifact may run before these are compared too.
+    """
 
     root: Path
     manifest: Manifest
+    unread: frozenset[str] = frozenset()
 
     def path(self, relative: str) -> Path:
         """The place of a file the manifest lists.
@@ -41,6 +47,20 @@ class OpenArtifact:
             why = "the manifest does not list it"
             raise VerificationError(f"{self.root}: no file {relative!a} in this artifact", why, "check the name")
         return self.root / relative
+
+    def read(self, relative: str) -> bytes:
+        """The content of a file the manifest lists, from the very bytes whose digest was compared.
+
+        Raises:
+            VerificationError: it is not listed, or not what was built.
+        """
+        size, sha256 = next(((f.size, f.sha256) for f in self.manifest.files if f.path == relative), (0, ""))
+        content = read_small(self.path(relative), size)
+        if digest_bytes(content) != sha256:
+            raise VerificationError(
+                f"{relative} is not what was built", "its digest differs", "build the artifact again"
+            )
+        return content
 
     def verify(self, relatives: Iterable[str]) -> None:
         """Digest these listed files now: after opening with "sizes", or once more right before use.

@@ -1,7 +1,8 @@
 """Does an artifact fit this machine? Answered from the operating system and package metadata, before native code runs.
 
 A missing CPU instruction would kill the process and a library of another version would fail in the middle of a load;
-here each becomes a sentence. Nothing is imported that is asked about: torch's version comes from its metadata.
+here each becomes a sentence. Nothing is imported that is asked about: torch's version comes from its metadata. What a
+GPU must be is asked in cuda_probe.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
+from .cuda_probe import CudaHost, check_cuda
 from .errors import VerificationError
 from .manifest import Target
 
@@ -60,24 +62,26 @@ def host_target(cpuinfo: Path = CPUINFO) -> Target:
     )
 
 
-def check_target(target: Target, host: Target | None = None) -> list[str]:
+def check_target(target: Target, host: Target | None = None, cuda: CudaHost | None = None) -> list[str]:
     """The reasons why an artifact built for `target` does not run here, each a sentence; empty when it fits.
 
-    `host` stands in for this machine: its flags, and its torch version ("" for no torch).
+    `host` stands in for this machine: its flags, and its torch version ("" for no torch). `cuda` for its GPU.
     """
     flags = cpu_flags() if host is None else frozenset(host.isa)
     here = host_target() if host is None else host
     reasons = []
-    if target.device != "cpu":
-        reasons.append(f"it is built for the device {target.device}; this Ingot runs artifacts on the CPU only")
+    if target.device not in ("cpu", "cuda"):
+        reasons.append(f"it is built for the device {target.device}; this Ingot knows cpu and cuda")
     if target.system != here.system:
         reasons.append(f"it is built for {target.system}; this system is {here.system}")
     if target.machine != here.machine:
         reasons.append(f"it is built for {target.machine} processors; this machine is {here.machine}")
-    elif missing := [flag for flag in target.isa if flag not in flags]:
+    elif target.device != "cuda" and (missing := [flag for flag in target.isa if flag not in flags]):
         reasons.append(f"it needs the CPU instructions {', '.join(missing)}, which this machine does not offer")
     if target.host_library == "libtorch":
         reasons += _check_torch(target.torch, here.torch)
+    if target.device == "cuda":
+        reasons += check_cuda(target.isa, cuda)
     return reasons
 
 

@@ -21,22 +21,34 @@ _MAX_STDIN_BYTES = 16 << 20
 
 def run(args: argparse.Namespace) -> int:
     """Generate from one prompt: as it comes, at once, or as JSON."""
-    prompt = _prompt(args.prompt)
     from ..runtime import LLM
+    from ..runtime.phases import Phases, process_start
 
-    with LLM(args.artifact) as llm:
+    prompt = _prompt(args.prompt)
+    phases = Phases(process_start())
+    phases.mark("python, imports")
+    options: dict[str, Any] = {"phases": phases}
+    if args.gpu_memory_utilization is not None:
+        options["gpu_memory_utilization"] = args.gpu_memory_utilization
+    with LLM(args.artifact, **options) as llm:
         names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         params = dataclasses.replace(llm.get_default_sampling_params(), **given)
         request: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
         if args.stream and not args.json:
-            for output in llm.stream(request, params):
+            pieces = llm.stream(request, params)
+            phases.mark("tokenizer, prompt")
+            for output in pieces:
                 sys.stdout.write(_shown(output.outputs[0].text))
                 sys.stdout.flush()
             print()
         else:
             output = (llm.chat(request, params) if args.chat else llm.generate(prompt, params))[0]
-            print(json.dumps(_as_json(output)) if args.json else _shown(output.outputs[0].text))
+            if not args.json:
+                print(_shown(output.outputs[0].text))
+    phases.add("prefill, first token", (output.metrics.ttft_ms or 0.0) / 1e3)
+    if args.json:
+        print(json.dumps(_as_json(output) | ({"phases": phases.as_list()} if args.timings else {})))
     if output.outputs[0].finish_reason == "error":
         raise VerificationError(
             "the generation ended with an error: the logits are not finite",
@@ -44,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             "build the artifact again from sound weights, or in a wider dtype",
         )
     if args.timings and not args.json:
-        print(_timings(output.metrics), file=sys.stderr)
+        print(f"{phases}\n{_timings(output.metrics)}", file=sys.stderr)
     return 0
 
 
@@ -86,6 +98,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
             "batch": engine.batch,
             "length": engine.length,
             "size_bytes": sizes[engine.file],
+            "memory_bytes": engine.memory_bytes,
             "exactness": _numbers(measured.get(engine.name)),
         }
         for engine in manifest.engines
@@ -132,10 +145,13 @@ def print_artifact(facts: dict[str, Any]) -> None:
     ]
     print_table(f"{facts['name']} (ingot {facts['ingot_version']})", ("", ""), rows)
     engines = [
-        (e["name"], e["kind"], e["batch"], e["length"], size_text(e["size_bytes"]), _exactness(e["exactness"]))
+        (
+            e["name"], e["kind"], e["batch"], e["length"], size_text(e["size_bytes"]),
+            size_text(e["memory_bytes"]) if e["memory_bytes"] else "-", _exactness(e["exactness"]),
+        )
         for e in facts["engines"]
-    ]
-    print_table("engines", ("name", "kind", "batch", "length", "size", "exactness"), engines)
+    ]  # fmt: skip
+    print_table("engines", ("name", "kind", "batch", "length", "size", "GPU memory", "exactness"), engines)
     passes = [
         (p["name"], p["changed"], p["missed"], "exact" if p["exact"] else "changes numerics") for p in facts["passes"]
     ]

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts.errors import GateError, UsageError
-from ..artifacts.manifest import EngineEntry, Manifest
+from ..artifacts.manifest import Manifest
 from ..artifacts.store import ArtifactWriter
 from ..passes.base import GraphPass
 from ..passes.graph import TracedGraph
 from ..passes.instruments import PassRecord
 from . import gate as numeric_gate
 from .assets import write_assets
-from .backends.aoti import compile_engine, input_buffers, missing_symbols, output_buffers
-from .backends.cpu_kernels import compile_kernels
 from .console import Progress
+from .engines import compile_all
 from .gate import GateTokens
 from .model_weights import ModelWeights, open_weights
 from .pipelines import PIPELINE, select
@@ -73,9 +72,10 @@ def build(
             files = _write_weights(root / "weights", plan, weights)
         has_tokenizer = write_assets(plan.config, plan.folder, root, manifest.model.vocab_size)
         with clock("engines"):
-            engines, host_library = _compile(plan, root, progress)
-        target = replace(manifest.target, host_library=host_library)
-        manifest = replace(manifest, target=target, engines=engines, weights=tuple(f"weights/{f}" for f in files))
+            engines = compile_all(plan, root, progress)
+        target = replace(manifest.target, host_library=engines.host_library)
+        paths = tuple(f"weights/{f}" for f in files)
+        manifest = replace(manifest, target=target, engines=engines.entries, weights=paths)
         tokens = numeric_gate.plan_tokens(plan, root / "tokenizer.json" if has_tokenizer else None)
         with clock("gate"), progress.stage("numeric gate"):
             result = _gate(plan, weights, root, manifest, tokens)
@@ -90,6 +90,8 @@ def build(
             result.report["task"] = task
             _judge_task(task)
         written = reports(plan, result.report)
+        if engines.tuning:
+            written["tuning"] = engines.tuning
         manifest = replace(manifest, passes=written["passes"], gate=result.report)
         for name, value in written.items():
             (root / "report" / f"{name}.json").write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
@@ -142,40 +144,13 @@ def _write_weights(folder: Path, plan: Plan, weights: ModelWeights) -> list[str]
     return write_weights(folder, specs, lambda name: owners[name].weights.evaluate(name, weights.load))
 
 
-def _compile(plan: Plan, root: Path, progress: Progress) -> tuple[tuple[EngineEntry, ...], str]:
-    """All engines, and the library that hosts their tensors: the artifact's own, or libtorch where ATen is called."""
-    entries = []
-    shapes, isa = plan.recipe.engines(), plan.recipe.target.isa
-    kernels = root / "engines" / "kernels.so"
-    missing: set[str] = set()
-    with progress.stage("compile engines", total=len(shapes) + 1):
-        progress.update("kernels")
-        compile_kernels(kernels, isa=isa)
-        for shape in shapes:
-            progress.update(shape.name, advance=1)
-            graph = plan.graphs[shape.name]
-            file = f"engines/{shape.name}.so"
-            constants = compile_engine(graph, shape.name, root / file, isa)
-            missing.update(missing_symbols(root / file, kernels))
-            inputs, outputs = input_buffers(graph), output_buffers(graph)
-            entries.append(
-                EngineEntry(
-                    shape.name, "aoti", shape.phase, shape.batch, shape.length, file, inputs, outputs, constants,
-                    ("engines/kernels.so",),
-                )
-            )  # fmt: skip
-        if missing:
-            progress.log(f"engines need libtorch at run time for {', '.join(sorted(missing)[:5])}")
-            compile_kernels(kernels, isa=isa, with_shim=False)
-    return tuple(entries), "libtorch" if missing else "none"
-
-
 def _gate(
     plan: Plan, weights: ModelWeights, root: Path, manifest: Manifest, tokens: GateTokens
 ) -> numeric_gate.GateResult:
     recipe, pairs = plan.recipe, numeric_gate.engine_pairs(plan.recipe)
     found = numeric_gate.replay_in_child(root, listed(root, manifest), pairs, tokens)
-    reference = numeric_gate.reference_logits(plan.config, weights.load, tokens)
+    device = recipe.target.device
+    reference = numeric_gate.reference_logits(plan.config, weights.load, tokens, device)
     result = numeric_gate.judge(recipe, pairs, found, reference, None, tokens)
     if result.passed:
         return result

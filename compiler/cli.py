@@ -164,7 +164,14 @@ def _run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--chat", action="store_true", help="send the prompt through the model's chat template")
     run.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="print as tokens come")
     run.add_argument("--json", action="store_true", help="print one JSON object: text, tokens, finish reason, times")
-    run.add_argument("--timings", action="store_true", help="print ttft, tpot and tokens/s to stderr")
+    run.add_argument(
+        "--gpu-memory-utilization", type=float, metavar="SHARE",
+        help="how much of the GPU's memory may be in use once the KV cache has been taken (default 0.9)",
+    )  # fmt: skip
+    run.add_argument(
+        "--timings", action="store_true",
+        help="print where the time went from process start to first token, tpot and tokens/s to stderr",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from ..artifacts.manifest import EngineEntry
 from ..passes.graph import TracedGraph
 from ..passes.weights import Load
+from ..runtime.engines.base import logits_of
 from .backends.aoti import input_buffers, output_buffers
 from .evaluate import Evaluator
 
@@ -21,7 +22,7 @@ class EagerEngine:
     """One graph; see `ingot.runtime.engines.base.Engine`."""
 
     def __init__(self, entry: EngineEntry, evaluator: Evaluator) -> None:
-        self.entry = entry
+        self.entry, self.asynchronous = entry, False
         self._evaluator = evaluator
         self._inputs = {b.name: np.zeros(b.shape, b.dtype) for b in entry.inputs if "_cache_" not in b.name}
         self._tensors = {name: torch.from_numpy(array) for name, array in self._inputs.items()}
@@ -36,7 +37,7 @@ class EagerEngine:
     def run(self) -> None:
         """See `Engine.run`."""
         with torch.no_grad():
-            tokens, logits = self._evaluator.run(self._tensors)
+            tokens, logits, *_ = self._evaluator.run(self._tensors)
         self._tokens, self._logits = tokens.numpy(), logits.numpy()
 
     def advance(self) -> None:
@@ -50,6 +51,10 @@ class EagerEngine:
         """See `Engine.next_tokens`."""
         return self._tokens
 
+    def sampled_logits(self) -> np.ndarray:
+        """See `Engine.sampled_logits`."""
+        return logits_of(self._logits, self._tokens)
+
     def logits(self) -> np.ndarray:
         """See `Engine.logits`."""
         return self._logits
@@ -60,6 +65,7 @@ class EagerGroup:
 
     def __init__(self, graphs: Mapping[str, TracedGraph], load: Load) -> None:
         self._engines: dict[str, EagerEngine] = {}
+        self.num_blocks = 0
         first: Evaluator | None = None
         for name, traced in graphs.items():
             evaluator = Evaluator(traced, load)
@@ -69,8 +75,9 @@ class EagerGroup:
                 evaluator.share_cache(first)
             inputs, outputs = input_buffers(traced), output_buffers(traced)
             batch, length = next(b.shape for b in inputs if b.name == "tokens")
+            self.num_blocks = next(b.shape[0] for b in inputs if "_cache_" in b.name)
             phase = "decode" if name.startswith("decode") else "prefill"
-            entry = EngineEntry(name, "aoti", phase, batch, length, "", inputs, outputs, (), ())
+            entry = EngineEntry(name, "aoti", phase, batch, length, "", inputs, outputs, (), (), 0)
             self._engines[name] = EagerEngine(entry, evaluator)
 
     @property

@@ -262,9 +262,11 @@ def judge(
     return GateResult(report, failures, failed_pair, worst_sequence)
 
 
-def reference_logits(config: dict[str, Any], load: Callable[[str], Any], tokens: GateTokens) -> list[np.ndarray]:
-    """Eager logits in float32."""
-    return ReferenceModel(config, "float32", load).logits(tokens.sequences, tokens.firsts)
+def reference_logits(
+    config: dict[str, Any], load: Callable[[str], Any], tokens: GateTokens, device: str = "cpu"
+) -> list[np.ndarray]:
+    """Eager logits in float32, computed on `device`."""
+    return ReferenceModel(config, "float32", load, device).logits(tokens.sequences, tokens.firsts)
 
 
 def eager_logits(
@@ -276,4 +278,5 @@ def eager_logits(
     """
     if recipe.model.dtype == "float32" or recipe.quantization.scheme != "none":
         return None
-    return ReferenceModel(config, recipe.model.dtype, load).logits(tokens.sequences, tokens.firsts)
+    model = ReferenceModel(config, recipe.model.dtype, load, recipe.target.device)
+    return model.logits(tokens.sequences, tokens.firsts)

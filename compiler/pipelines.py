@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from ..artifacts.errors import UsageError
 from ..passes.base import GraphPass
+from ..passes.cache.attention_step import FuseAttentionStep
 from ..passes.cache.paged import InsertKVCache
 from ..passes.cleanup.canonicalize import Canonicalize
 from ..passes.cleanup.common_subexpressions import CommonSubexpressions
 from ..passes.cleanup.fold_constants import FoldConstants
 from ..passes.cleanup.linear import UnifyLinear
 from ..passes.fusion.add_norm import FuseAddNorm
+from ..passes.fusion.fused_linear import FuseLinear
 from ..passes.fusion.gated_activation import FuseGatedActivation
 from ..passes.fusion.merge_projections import MergeProjections
 from ..passes.fusion.position_tables import PositionTables
@@ -39,10 +41,12 @@ PIPELINE: tuple[GraphPass, ...] = (
     GatherLastToken(),
     # cache: from a function of a whole sequence to one step over a paged cache
     InsertKVCache(),
+    FuseAttentionStep(),
     SampleTokens(),
     # quantize: only where the recipe says so
     QuantizeInt8(),
     # plan: what runs where
+    FuseLinear(),
     SelectKernels(),
     PlanStaticBuffers(),
 )

@@ -66,10 +66,12 @@ def context_for(recipe: Recipe, shape: EngineShape) -> Context:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise UsageError for what a build would only meet after compiling: another device, a task that is none."""
-    if recipe.target.device != "cpu":
+    """Raise UsageError for what a build would only meet after compiling: a task that is none, a scheme of no use."""
+    if recipe.target.device == "cuda" and recipe.quantization.scheme != "none":
         raise UsageError(
-            f"target.device is {recipe.target.device!r}", "this version compiles for the CPU", "--set target.device=cpu"
+            f"quantization.scheme {recipe.quantization.scheme!r} has no kernels for CUDA yet",
+            "target.device is 'cuda'",
+            '--set quantization.scheme="none", or --set target.device=cpu',
         )
     path = recipe.task_path()
     if path is not None:

@@ -42,7 +42,9 @@ def draft_manifest(plan: Plan, weights: ModelWeights) -> Manifest:
         parameters=parameters,
     )  # fmt: skip
     isa = tuple(host.isa) if recipe.target.isa == "native" else _PORTABLE_ISA
-    target = Target("cpu", host.system, host.machine, isa, "none", torch.__version__.split("+")[0])
+    if recipe.target.device == "cuda":
+        isa = (_capability(),)
+    target = Target(recipe.target.device, host.system, host.machine, isa, "none", torch.__version__.split("+")[0])
     import transformers
 
     toolchain = {
@@ -56,12 +58,18 @@ def draft_manifest(plan: Plan, weights: ModelWeights) -> Manifest:
     return Manifest(1, recipe.name, __version__, model, target, toolchain, record, cache, (), (), [], {}, ())
 
 
+def _capability() -> str:
+    """The GPU's compute capability, such as sm_90."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
 def planned_manifest(plan: Plan, weights: ModelWeights, root: Path) -> Manifest:
     """The manifest of a plan whose engines are not compiled, with the assets in `root`: for running graphs eagerly."""
     manifest = draft_manifest(plan, weights)
     write_assets(plan.config, plan.folder, root, manifest.model.vocab_size)
     engines = tuple(
-        EngineEntry(s.name, "aoti", s.phase, s.batch, s.length, "", input_buffers(g), output_buffers(g), (), ())
+        EngineEntry(s.name, "aoti", s.phase, s.batch, s.length, "", input_buffers(g), output_buffers(g), (), (), 0)
         for s in plan.recipe.engines()
         if (g := plan.graphs[s.name])
     )

@@ -24,14 +24,23 @@ class ReferenceModel:
     Args:
         config: config.json's content; dtype: "float32", "bfloat16" or "float16".
         load: gives a parameter by its name in the module.
+        device: where it runs, "cpu" or "cuda".
     """
 
-    def __init__(self, config: dict[str, object], dtype: str, load: Callable[[str], torch.Tensor]) -> None:
+    def __init__(
+        self, config: dict[str, object], dtype: str, load: Callable[[str], torch.Tensor], device: str = "cpu"
+    ) -> None:
         self.model = make_model(config, dtype, attn="eager")
         self.load = load
+        self.device = torch.device(device)
+        for module in self.model.modules():
+            for name, held in module._buffers.items():
+                if held is not None:
+                    module._buffers[name] = held.to(self.device)
         self.dtype = DTYPES[dtype]
         total = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self.keep = total <= _KEEP_BYTES
+        room = torch.cuda.mem_get_info()[0] // 2 if device == "cuda" else _KEEP_BYTES
+        self.keep = total <= room
         for path, module in self.model.named_modules():
             names = [n for n, p in module._parameters.items() if p is not None]
             if names:
@@ -45,7 +54,7 @@ class ReferenceModel:
             for name in names:
                 held = module._parameters[name]
                 if held is not None and held.device.type == "meta":
-                    value = self.load(prefix + name)
+                    value = self.load(prefix + name).to(self.device)
                     cast = value.to(held.dtype) if held.dtype.is_floating_point else value
                     module._parameters[name] = nn.Parameter(cast, requires_grad=False)
 
@@ -81,13 +90,12 @@ class ReferenceModel:
     @torch.no_grad()
     def _batch(self, sequences: list[Sequence[int]], firsts: list[int]) -> list[np.ndarray]:
         longest = max(map(len, sequences))
-        tokens = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences])
-        positions = torch.arange(longest).expand(len(sequences), -1)
+        tokens = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences], device=self.device)
+        positions = torch.arange(longest, device=self.device).expand(len(sequences), -1)
         first = min(firsts)
         # logits_to_keep spares the logits before the first one wanted: they are most of the memory.
         out = self.model(
             input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=longest - first
         ).logits
-        return [
-            out[i, f - first : len(s) - first].float().numpy().copy() for i, (s, f) in enumerate(zip(sequences, firsts))
-        ]
+        wide = out.float().cpu().numpy()
+        return [wide[i, f - first : len(s) - first].copy() for i, (s, f) in enumerate(zip(sequences, firsts))]

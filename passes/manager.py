@@ -88,7 +88,8 @@ def _settle(traced: TracedGraph, stage: Stage, outcome: Outcome) -> None:
 
 
 def _is_impure(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or "cache_write" in str(node.target)
+    writes = ("cache_write", "attention_step")
+    return node.op in ("placeholder", "output") or any(name in str(node.target) for name in writes)
 
 
 def _tell(

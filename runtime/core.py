@@ -23,7 +23,7 @@ class Core:
 
     def __init__(self, group: EngineGroup, manifest: Manifest) -> None:
         cache = manifest.kv_cache
-        self.blocks = BlockAllocator(cache.num_blocks, cache.block_size)
+        self.blocks = BlockAllocator(group.num_blocks, cache.block_size)
         self._runner = ModelRunner(group, manifest.model.vocab_size)
         self._scheduler = Scheduler(
             self.blocks, self._runner.decode_batches, self._runner.prefill_lengths, cache.max_blocks

@@ -16,15 +16,16 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ..artifacts.errors import UsageError
-from ..artifacts.store import OpenArtifact, open_artifact
+from ..artifacts.store import OpenArtifact
 from .chat import ChatTemplate
 from .core import Core
 from .detokenizer import Detokenizer
 from .engines.base import EngineGroup
 from .generation_config import GenerationConfig
-from .loader import load_engines
+from .loader import load_engines, open_verified
 from .outputs import RequestOutput
 from .params import SamplingParams
+from .phases import Phases
 from .prompts import Prompt, check_token_ids, split_conversations, split_prompts
 from .sampling import Penalties, wrap_seed
 from .sequence import Request, Sequence
@@ -38,11 +39,14 @@ class LLM:
 
     Args:
         model: the artifact's folder.
-        verify: "full" digests every file before anything is loaded; "sizes" leaves out the weights' digests.
+        verify: "full" compares every file's digest before anything runs; "sizes" leaves out the weights' digests.
+        gpu_memory_utilization: the share of a GPU's memory that may be in use once the KV cache has been taken.
         engine_group: engines to use in place of the artifact's (tests).
+        phases: told where the time of loading goes.
 
     Raises:
         UsageError: no such folder. VerificationError: the artifact is not what it says or does not fit this machine.
+        ResourceError: not enough memory.
     """
 
     def __init__(
@@ -50,19 +54,21 @@ class LLM:
         model: str | Path | OpenArtifact,
         *,
         verify: Literal["full", "sizes"] = "full",
+        gpu_memory_utilization: float = 0.9,
         engine_group: EngineGroup | None = None,
+        phases: Phases | None = None,
     ) -> None:
+        phases = phases or Phases()
         # A build hands over an artifact that is not published yet; everybody else gives a folder to verify.
-        given = isinstance(model, OpenArtifact)
-        self._artifact: OpenArtifact = model if isinstance(model, OpenArtifact) else open_artifact(model, verify)
+        self._artifact: OpenArtifact = model if isinstance(model, OpenArtifact) else open_verified(model, verify)
         manifest = self._artifact.manifest
-        if verify == "sizes" and not given:
-            # Code and what steers it is digested in any case: it is small, and weights can execute nothing.
-            self._artifact.verify(f.path for f in manifest.files if f.path not in manifest.weights)
+        phases.mark("verification")
         self._model = manifest.model
         config = self._artifact.path("generation.json")
         self._generation = GenerationConfig.load(config, self._model.vocab_size)
-        self._engines = load_engines(self._artifact) if engine_group is None else engine_group
+        if engine_group is None:
+            engine_group = load_engines(self._artifact, gpu_memory_utilization, phases)
+        self._engines = engine_group
         self._core = Core(self._engines, manifest)
         self._ids = itertools.count()
         self._closed = False

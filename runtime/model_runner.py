@@ -1,17 +1,21 @@
 """From a step's plan to engine buffers and back: writes what changed, runs one engine, reads one token per row.
 
 When a decode step follows another with the same rows and every row took the engine's own token, nothing is written at
-all: `advance()` feeds the tokens back on the device.
+all: `advance()` feeds the tokens back on the device. An asynchronous engine is then given step n + 1 before the tokens
+of step n are read, so that the device never waits for the host. Should step n end a row, or another join, step n + 1 is
+dropped: what it wrote is written again, or lies in blocks whose next owner comes behind it on the device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Items
+from typing import cast
 
 import numpy as np
 
 from ..artifacts.errors import VerificationError
-from .engines.base import Engine, EngineGroup
+from .engines.base import AsyncEngine, Engine, EngineGroup
 from .sampling import graph_parameters, sample_row, top_logprobs
 from .scheduler import Decode, Plan, Prefill
 from .sequence import Sampled, Sequence
@@ -38,7 +42,8 @@ class ModelRunner:
             )
         # Which sequence's table and parameters each row of a decode engine holds.
         self._rows: dict[int, list[Sequence | None]] = {b: [None] * b for b in self._decode}
-        self._index = {b: np.arange(b) for b in self._decode}
+        # The plan whose next step an asynchronous engine has been given already.
+        self._ahead: Decode | None = None
         # The last run, if a decode step of the same plan may be advanced from it.
         self._advances: Decode | None = None
         for engine in self._decode.values():
@@ -57,17 +62,26 @@ class ModelRunner:
 
     def run(self, plan: Plan) -> list[Sampled]:
         """Run one step; one result per sequence, none for a prefill that has not reached its prompt's end."""
-        advances, self._advances = self._advances, None  # should the engine fail, nothing may be built on its state
+        # Taken back first: should the engine fail, nothing may be built on its state.
+        advances, self._advances = self._advances, None
+        ahead, self._ahead = self._ahead, None
         if isinstance(plan, Prefill):
             return self._run_prefill(plan)
         engine = self._decode[plan.batch]
-        if advances is plan:
+        if ahead is not plan:
+            if advances is plan:
+                engine.advance()
+            else:
+                self._write_rows(engine, plan.sequences)
+                engine.run()
+        own = not any(sequence.host_sampled for sequence in plan.sequences)
+        if own and engine.asynchronous and all(map(_goes_on, plan.sequences)):
             engine.advance()
+            results = self._read(engine, plan.sequences, cast(AsyncEngine, engine).earlier())
+            self._ahead = plan
         else:
-            self._write_rows(engine, plan.sequences)
-            engine.run()
-        results = self._read(engine, plan.sequences, self._index[plan.batch])
-        if not any(sequence.host_sampled for sequence in plan.sequences):
+            results = self._read(engine, plan.sequences)
+        if own:
             self._advances = plan
         return results
 
@@ -83,7 +97,7 @@ class ModelRunner:
         inputs["last_index"][0] = count - 1
         _write_sampling(engine, 0, sequence, self._vocab_size, greedy=not plan.last)
         engine.run()
-        return self._read(engine, (sequence,), np.zeros(1, np.int64)) if plan.last else []
+        return self._read(engine, (sequence,)) if plan.last else []
 
     def _write_rows(self, engine: Engine, sequences: tuple[Sequence, ...]) -> None:
         inputs, rows = engine.inputs, self._rows[engine.entry.batch]
@@ -100,20 +114,27 @@ class ModelRunner:
                 _clear_row(engine, row)
                 rows[row] = None
 
-    def _read(self, engine: Engine, sequences: Items[Sequence], index: np.ndarray) -> list[Sampled]:
+    def _read(
+        self, engine: Engine, sequences: Items[Sequence], found: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> list[Sampled]:
         """The sampled token of each row, from the engine or, for rows that need it, from the logits.
+
+        `found` holds tokens and their logits where these are not the engine's last, whose logits are gone then.
 
         Non-finite logits are looked for at the sampled token alone, one number per row: a NaN anywhere in the hidden
         state makes every logit of the row NaN, an argmax stops at NaN or +inf, and it is -inf only if all are. An
         engine may also say so itself with a token id outside of the vocabulary.
         """
-        tokens, logits = engine.next_tokens(), engine.logits()
-        in_range = (tokens >= 0) & (tokens < self._vocab_size)
-        finite = np.isfinite(logits[index, np.where(in_range, tokens, 0)]) & in_range
+        tokens, picked = (engine.next_tokens(), engine.sampled_logits()) if found is None else found
+        wanted = found is None and any(s.host_sampled or s.params.logprobs is not None for s in sequences)
+        logits = engine.logits() if wanted else None
         results = []
-        for row, (sequence, token, fine) in enumerate(zip(sequences, tokens.tolist(), finite.tolist())):
-            if not fine:
+        for row, (sequence, token, logit) in enumerate(zip(sequences, tokens.tolist(), picked.tolist())):
+            if not (0 <= token < self._vocab_size and math.isfinite(logit)):
                 results.append(Sampled(0, None, False))
+                continue
+            if logits is None:
+                results.append(Sampled(token))
                 continue
             if sequence.host_sampled:
                 token = self._sample(sequence, logits[row])
@@ -129,6 +150,15 @@ class ModelRunner:
         return sample_row(
             logits, *graph_parameters(sequence.params, self._vocab_size), sequence.seed, sequence.position
         )
+
+
+def _goes_on(sequence: Sequence) -> bool:
+    """Whether nothing known yet stands against a step beyond the one whose token is awaited.
+
+    That token must leave room for one more (else the step is surely dropped; with room for it the sequence has a block
+    for it too), and no logits may be wanted, since the next step overwrites them.
+    """
+    return len(sequence.output) + 1 < sequence.max_new and sequence.params.logprobs is None
 
 
 def _write_sampling(engine: Engine, row: int, sequence: Sequence, vocab_size: int, greedy: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +135,7 @@ def main(request: str, result: str) -> None:
     group = load_engines(artifact)
     arrays: dict[str, np.ndarray] = {}
     sequences, prompts = asked["sequences"], asked["prompts"]
-    cache = manifest.kv_cache
+    cache = replace(manifest.kv_cache, num_blocks=group.num_blocks)
     needs = [-(-len(s) // cache.block_size) for s in sequences]
     for number, names in enumerate(asked["pairs"]):
         pair = Pair(*names)

@@ -67,11 +67,11 @@ def input_buffers(traced: TracedGraph) -> tuple[Buffer, ...]:
 
 
 def output_buffers(traced: TracedGraph) -> tuple[Buffer, ...]:
-    """next_tokens [batch] int64 and logits [batch, vocabulary] float32."""
+    """next_tokens [batch] int64, logits [batch, vocabulary] float32, and on the GPU sampled_logits [batch] float32."""
     output = next(n for n in traced.graph.nodes if n.op == "output")
     return tuple(
         Buffer(name, tuple(n.meta["val"].shape), str(n.meta["val"].dtype).removeprefix("torch."))
-        for name, n in zip(("next_tokens", "logits"), output.args[0])
+        for name, n in zip(("next_tokens", "logits", "sampled_logits"), output.args[0])
     )
 
 

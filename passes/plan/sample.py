@@ -7,7 +7,7 @@ from torch import fx
 
 from ...runtime.ops.schema import overload
 from ..base import Context, Outcome
-from ..graph import TracedGraph, add_input, aten, emit, operands
+from ..graph import TracedGraph, add_input, aten, emit, operands, shape_of
 from ..stages import Stage
 
 SAMPLING_INPUTS = (
@@ -20,7 +20,10 @@ SAMPLING_INPUTS = (
 
 
 class SampleTokens:
-    """Adds the sampling parameters of each row as inputs and returns (next_tokens, logits)."""
+    """Adds the sampling parameters of each row as inputs and returns (next_tokens, logits).
+
+    On the GPU also the logit of each sampled token: logits stay on the device, and the host looks for NaN in these.
+    """
 
     name = "sample-tokens"
     needs = Stage.CACHED
@@ -43,5 +46,13 @@ class SampleTokens:
                 counter = emit(graph, aten.gather.default, counter, 1, index)
             counter = emit(graph, aten.reshape.default, counter, [ctx.batch])
             tokens = emit(graph, overload("sample"), logits, *inputs, counter)
-        output.args = ((tokens, logits),)
+            picked = _logit_of(graph, tokens, logits) if ctx.device == "cuda" else None
+        output.args = ((tokens, logits) if picked is None else (tokens, logits, picked),)
         return Outcome(changed=1)
+
+
+def _logit_of(graph: fx.Graph, tokens: fx.Node, logits: fx.Node) -> fx.Node:
+    """logits[i, tokens[i]], float32 [batch]."""
+    batch = shape_of(tokens)[0]
+    index = emit(graph, aten.reshape.default, tokens, [batch, 1])
+    return emit(graph, aten.reshape.default, emit(graph, aten.gather.default, logits, 1, index), [batch])

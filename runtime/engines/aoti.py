@@ -17,6 +17,7 @@ from ...artifacts.manifest import Buffer, EngineEntry
 from ...artifacts.store import OpenArtifact
 from ..weights import MappedTensor, map_weights
 from .aoti_host import Handle, Host, load_path, open_library
+from .base import logits_of
 from .buffers import check_buffers
 
 _STORED_AS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
@@ -61,7 +62,7 @@ class AOTIEngine:
         weights: Mapping[str, int],
         serial: bool,
     ) -> None:
-        self.entry = entry
+        self.entry, self.asynchronous = entry, False
         self._host = host
         self._serial = serial
         # Every engine exports the same names; loaded globally, the first would answer for all of them.
@@ -128,6 +129,10 @@ class AOTIEngine:
     def next_tokens(self) -> np.ndarray:
         """See `Engine.next_tokens`."""
         return self._outputs["next_tokens"]
+
+    def sampled_logits(self) -> np.ndarray:
+        """See `Engine.sampled_logits`."""
+        return logits_of(self._outputs["logits"], self._outputs["next_tokens"])
 
     def logits(self) -> np.ndarray:
         """See `Engine.logits`."""
@@ -199,6 +204,7 @@ class AOTIGroup:
     def __init__(self, artifact: OpenArtifact) -> None:
         manifest = artifact.manifest
         host = Host(artifact)
+        self.num_blocks = manifest.kv_cache.num_blocks
         for entry in manifest.engines:
             check_buffers(entry, manifest)
         self._tensors = map_weights(artifact.path(p) for p in manifest.weights)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from ...artifacts.errors import VerificationError
 from ...artifacts.manifest import Buffer, EngineEntry, Manifest
 
+# What an engine may give besides what it must: the logit of each sampled token, [batch] float32.
+OPTIONAL = "sampled_logits"
+
 
 def expected_buffers(entry: EngineEntry, manifest: Manifest) -> tuple[set[Buffer], set[Buffer]]:
-    """Inputs and outputs of an engine of this phase, batch and length over this cache."""
+    """Inputs and outputs of an engine of this phase, batch and length over this cache; `OPTIONAL` if it lists that."""
     batch, length, cache = entry.batch, entry.length, manifest.kv_cache
     inputs = {
         Buffer("tokens", (batch, length), "int64"),
@@ -29,6 +32,8 @@ def expected_buffers(entry: EngineEntry, manifest: Manifest) -> tuple[set[Buffer
         Buffer("next_tokens", (batch,), "int64"),
         Buffer("logits", (batch, manifest.model.vocab_size), "float32"),
     }
+    if any(buffer.name == OPTIONAL for buffer in entry.outputs):
+        outputs.add(Buffer(OPTIONAL, (batch,), "float32"))
     return inputs, outputs
 
 

@@ -21,7 +21,7 @@ def engine(name: str, phase: str, batch: int, length: int, weights: tuple[str, .
     """An engine that binds these weights."""
     outputs = (Buffer("next_tokens", (batch,), "int64"), Buffer("logits", (batch, VOCABULARY), "float32"))
     constants = tuple(Constant(f"inner_{weight}", weight) for weight in weights)
-    return EngineEntry(name, "aoti", phase, batch, length, f"engines/{name}.so", (), outputs, constants, ())
+    return EngineEntry(name, "aoti", phase, batch, length, f"engines/{name}.so", (), outputs, constants, (), 0)
 
 
 def manifest(weights: tuple[str, ...], layers: tuple[CacheLayer, ...] = ()) -> Manifest:

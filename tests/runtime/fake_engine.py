@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from ingot.artifacts.manifest import Buffer, CacheLayer, EngineEntry, KVCache, Manifest, Model, Target
 from ingot.artifacts.target import host_target
+from ingot.runtime.engines.base import logits_of
 from ingot.runtime.params import SamplingParams
 from ingot.runtime.sampling import graph_parameters, sample_row, wrap_seed
 
@@ -55,35 +56,56 @@ class FakeEngine:
         }
         if entry.phase == "prefill":
             self._inputs["last_index"] = np.zeros(1, np.int64)
-        self._tokens = self._positions = np.zeros((batch, length), np.int64)
+        self._device: dict[str, np.ndarray] = {}
+        self._results: list[tuple[np.ndarray, np.ndarray]] = []
 
     @property
     def inputs(self) -> Mapping[str, np.ndarray]:
         return self._inputs
 
+    @property
+    def asynchronous(self) -> bool:
+        return self._group.asynchronous
+
     def run(self) -> None:
         self.calls["run"] += 1
-        self._tokens, self._positions = self._inputs["tokens"].copy(), self._inputs["positions"].copy()
+        # What the host writes from here on is for the next run.
+        self._device = {name: array.copy() for name, array in self._inputs.items()}
         self._step()
 
     def advance(self) -> None:
         self.calls["advance"] += 1
         assert self.entry.phase == "decode" and self._group.last is self, "advance() only right after this engine"
-        active = self._positions[:, 0] >= 0
-        self._tokens[active, 0] = self._group.sampled[: len(active)][active]
-        self._positions[active, 0] += 1
+        tokens, positions = self._device["tokens"], self._device["positions"]
+        active = positions[:, 0] >= 0
+        tokens[active, 0] = self._group.sampled[: len(active)][active]
+        positions[active, 0] += 1
         self._step()
 
     def next_tokens(self) -> np.ndarray:
         assert self._group.last is self
         return self._group.sampled[: self.entry.batch]
 
+    def sampled_logits(self) -> np.ndarray:
+        assert self._group.last is self
+        return logits_of(self._group.logits, self._group.sampled)[: self.entry.batch]
+
+    def earlier(self) -> tuple[np.ndarray, np.ndarray]:
+        assert self._group.last is self and self._group.asynchronous
+        self._group.reads_ahead += 1
+        return self._results[-2]
+
     def logits(self) -> np.ndarray:
         assert self._group.last is self
         return self._group.logits[: self.entry.batch]
 
     def _step(self) -> None:
-        group, inputs, size = self._group, self._inputs, self._group.block_size
+        self._compute()
+        found = self.next_tokens().copy(), self.sampled_logits().copy()
+        self._results = [*self._results[-1:], found]
+
+    def _compute(self) -> None:
+        group, inputs, size = self._group, self._device, self._group.block_size
         group.last = self
         group.steps += 1
         if group.steps == group.fail_at:
@@ -91,7 +113,7 @@ class FakeEngine:
         # Results hold until the next run of any engine: they share one buffer.
         group.sampled[:], group.logits[:] = POISON, np.nan
         for row in range(self.entry.batch):
-            table, positions = inputs["block_tables"][row], self._positions[row]
+            table, positions = inputs["block_tables"][row], inputs["positions"][row]
             live = positions >= 0
             if not live.any():
                 assert not table.any() and inputs["temperature"][row] == 0, (
@@ -103,10 +125,10 @@ class FakeEngine:
             slots = table[positions[live] // size].astype(np.int64) * size + positions[live] % size
             assert (slots >= size).all(), "a token may not be written to the null block"
             group.cache[0] = POISON
-            group.cache[slots] = self._tokens[row][live]
+            group.cache[slots] = inputs["tokens"][row][live]
         for row in range(self.entry.batch):
             column = int(inputs["last_index"][0]) if self.entry.phase == "prefill" else 0
-            position = int(self._positions[row, column])
+            position = int(inputs["positions"][row, column])
             if position < 0:
                 continue
             index = np.arange(position + 1)
@@ -121,11 +143,15 @@ class FakeEngine:
 
 
 class FakeEngineGroup:
-    """All engines of a manifest over one cache; the device breaks at step `fail_at`, `model` gives the logits."""
+    """All engines of a manifest over one cache; the device breaks at step `fail_at`, `model` gives the logits.
 
-    def __init__(self, manifest: Manifest) -> None:
+    Asynchronous engines can be given a step before the results of the last one are read; `reads_ahead` counts these.
+    """
+
+    def __init__(self, manifest: Manifest, asynchronous: bool = False) -> None:
+        self.asynchronous, self.reads_ahead = asynchronous, 0
         cache = manifest.kv_cache
-        self.block_size, self.max_blocks = cache.block_size, cache.max_blocks
+        self.block_size, self.max_blocks, self.num_blocks = cache.block_size, cache.max_blocks, cache.num_blocks
         self.cache = np.full(cache.num_blocks * cache.block_size, POISON, np.int64)
         widest = max(entry.batch for entry in manifest.engines)
         self.sampled = np.zeros(widest, np.int64)
@@ -153,7 +179,7 @@ def fake_manifest(
     shapes = [("decode", batch, 1) for batch in batches] + [("prefill", 1, chunk) for chunk in chunks]
     names = [f"decode-b{batch}" for batch in batches] + [f"prefill-c{chunk}" for chunk in chunks]
     engines = tuple(
-        EngineEntry(name, "aoti", *shape, file, (), outputs, (), ()) for name, shape in zip(names, shapes, strict=True)
+        EngineEntry(name, "aoti", *shape, file, (), outputs, (), (), 0) for name, shape in zip(names, shapes, strict=True)
     )
     here = host_target()
     return Manifest(

@@ -1,0 +1,180 @@
+"""The CUDA back end: planned graphs in, kernel plans and cubins out.
+
+All engines of a build are lowered first, since they share one arena whose zeroed front must have one size; then each
+gets its arena and its `plan.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....artifacts.errors import IngotError, ResourceError
+from ....artifacts.kernel_plan import (
+    PLAN_VERSION,
+    KernelPlan,
+    PlanArgument,
+    PlanKernel,
+    PlanLaunch,
+    ZeroRegion,
+)
+from ....passes.graph import TracedGraph
+from ....runtime.ops.cuda.advance import lower_advance
+from ....runtime.ops.schema import overload
+from . import arena
+from .buffers import Argument, Region, Scalar
+from .inductor import wrap
+from .kernels import Compiled, KernelStore
+from .lower import Choose, Lowered, Lowerer
+from .program import make_program
+
+OUTPUTS = ("next_tokens", "logits", "sampled_logits")
+KERNELS_FOLDER = "engines/kernels"
+
+
+@dataclass
+class EngineFiles:
+    """What one engine became: its plan, the weights it reads, its cubins' paths, and its memory on the device."""
+
+    plan: KernelPlan
+    weights: tuple[str, ...]
+    libraries: tuple[str, ...]
+    memory_bytes: int
+
+
+def providers() -> dict[Any, Any]:
+    """Op overload -> the module that lowers it to Triton kernels."""
+    from ....runtime.ops.cuda import attention_step, cache_write, linear, paged_attention, sample
+
+    modules = {
+        "fused_linear": linear, "attention_step": attention_step, "paged_attention": paged_attention,
+        "cache_write": cache_write, "sample": sample,
+    }  # fmt: skip
+    return {overload(name): module for name, module in modules.items()}
+
+
+def first_candidate(op: str, provider: Any, operands: Any) -> Any:
+    """The configuration that a provider thinks best, for machines that cannot measure."""
+    return provider.candidates(operands)[0]
+
+
+def compile_engines(
+    graphs: Mapping[str, TracedGraph],
+    root: Path,
+    choose: Choose = first_candidate,
+    store: KernelStore | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> dict[str, EngineFiles]:
+    """Compile planned graphs into `root`/engines: NAME.plan.json each, and the cubins they share.
+
+    Raises:
+        UnsupportedModelError: a graph calls an op without a CUDA kernel. ResourceError: the compiler failed.
+    """
+    store = store or KernelStore()
+    served = providers()
+    lowered: dict[str, Lowered] = {}
+    for name, traced in graphs.items():
+        progress(name)
+        lowered[name] = _lower(name, traced, served, store, choose)
+    reserved = max(arena.zeroed_bytes(engine.buffers) for engine in lowered.values())
+    folder = root / KERNELS_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, engine in lowered.items():
+        size = arena.place(engine.buffers, reserved)
+        files = _emit(engine, size, store.arch)
+        (root / "engines" / f"{name}.plan.json").write_text(files.plan.to_json())
+        found[name] = files
+    used = {path for files in found.values() for path in files.libraries}
+    for kernel in store.kernels.values():
+        if (path := _path(kernel)) in used:
+            (root / path).write_bytes(kernel.cubin)
+    return found
+
+
+def _lower(name: str, traced: TracedGraph, served: Mapping[Any, Any], store: KernelStore, choose: Choose) -> Lowered:
+    try:
+        program = make_program(traced, frozenset(served))
+        lowerer = Lowerer(program, wrap(program), served, store, choose, OUTPUTS)
+        lowered = lowerer.lower()
+    except IngotError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while isinstance(cause.__cause__, BaseException) and not isinstance(cause, IngotError):
+            cause = cause.__cause__
+        if isinstance(cause, IngotError):
+            raise cause from error
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ResourceError(
+            f"engine {name} could not be compiled",
+            f"{type(error).__name__}: {first[:500]}",
+            "check the versions of torch and triton; --debug shows the whole output",
+        ) from error
+    if name.startswith("decode"):
+        bound = {n: lowerer.inputs[n] for n in ("next_tokens", "tokens", "positions")}
+        lowerer.append_lowering(lower_advance(bound["next_tokens"].shape[0]), bound)
+    return lowered
+
+
+def _path(kernel: Compiled) -> str:
+    return f"{KERNELS_FOLDER}/{kernel.name}.cubin"
+
+
+def _emit(engine: Lowered, arena_bytes: int, arch: str) -> EngineFiles:
+    kernels: dict[str, int] = {}
+    listed: list[PlanKernel] = []
+    launches = []
+    weights: dict[str, None] = {}
+    outside: dict[tuple[str, str], int] = {}
+    for launch in engine.launches:
+        kernel = launch.kernel
+        if kernel.name not in kernels:
+            kernels[kernel.name] = len(listed)
+            listed.append(PlanKernel(kernel.name, _path(kernel), kernel.symbol, kernel.threads, kernel.shared_bytes))
+        for argument in launch.arguments:
+            if isinstance(argument, Region):
+                buffer = argument.buffer
+                if buffer.space == "weight":
+                    weights[buffer.name] = None
+                elif buffer.space in ("input", "output"):
+                    outside[buffer.space, buffer.name] = buffer.padded
+        arguments = tuple(_argument(a) for a in launch.arguments) + (_NULL,) * kernel.hidden
+        launches.append(
+            PlanLaunch(kernels[kernel.name], launch.grid, arguments, launch.dependent, launch.label, launch.read_bytes)
+        )
+    zeroed = tuple(ZeroRegion(b.offset, b.nbytes) for b in engine.buffers if b.zeroed)
+    plan = KernelPlan(PLAN_VERSION, arch, arena_bytes, zeroed, tuple(listed), tuple(launches))
+    return EngineFiles(plan, tuple(weights), plan.files(), arena_bytes + sum(outside.values()))
+
+
+_NULL = PlanArgument("null", "", 0, 0, "", 0, 0.0)
+
+
+def _argument(argument: Argument) -> PlanArgument:
+    if isinstance(argument, Scalar):
+        whole = argument.dtype.startswith("int")
+        integer, real = (int(argument.value), 0.0) if whole else (0, float(argument.value))
+        return PlanArgument("scalar", "", 0, 0, argument.dtype, integer, real)
+    buffer = argument.buffer
+    base = buffer.offset if buffer.space == "arena" else 0
+    return PlanArgument(buffer.space, buffer.name, base + argument.offset, argument.nbytes, "", 0, 0.0)
+
+
+def describe(plan: KernelPlan) -> list[dict[str, Any]]:
+    """The kernels of a plan for people: label, launches, bytes read."""
+    rows: dict[str, dict[str, Any]] = {}
+    for launch in plan.launches:
+        row = rows.setdefault(launch.label, {"label": launch.label, "launches": 0, "read_bytes": 0})
+        row["launches"] += 1
+        row["read_bytes"] += launch.read_bytes
+    return list(rows.values())
+
+
+def available() -> bool:
+    """Whether this machine has a GPU that torch can use: to choose configurations by measuring, and for the gate."""
+    return torch.cuda.is_available()

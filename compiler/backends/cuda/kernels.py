@@ -1,0 +1,109 @@
+"""Triton kernels to cubins: each distinct one is compiled once for all engines of a build."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ....artifacts.errors import ResourceError
+from ....runtime.ops.cuda.spec import TRITON_DTYPES, KernelCall
+
+_ENTRY = re.compile(r"\.entry\s+\w+\s*\((.*?)\)", re.S)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as it ships.
+
+    Attributes:
+        name: of its function, with a digest of the cubin; symbol: its entry in the cubin.
+        hidden: pointers behind its own parameters, which Triton adds and which are null.
+    """
+
+    name: str
+    symbol: str
+    cubin: bytes
+    threads: int
+    shared_bytes: int
+    hidden: int
+    registers: int = 0
+    spills: int = 0
+
+
+class KernelStore:
+    """Compiles kernels for one target ("sm_90") and keeps each once."""
+
+    def __init__(self, capability: int = 90) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.arch = f"sm_{capability}"
+        self._target = GPUTarget("cuda", capability, 32)
+        self._known: dict[Any, Compiled] = {}
+        self.kernels: dict[str, Compiled] = {}
+
+    def add(self, call: KernelCall, dtypes: Sequence[torch.dtype], aligned: Sequence[bool]) -> Compiled:
+        """The kernel of a provider's call, given the dtypes and 16-byte alignment of its pointers in order.
+
+        Raises:
+            ResourceError: it does not compile; names it.
+        """
+        function = call.function
+        types = {name: "*" + TRITON_DTYPES[str(d).removeprefix("torch.")] for name, d in zip(call.pointers, dtypes)}
+        fine = dict(zip(call.pointers, aligned))
+        key = (
+            id(function), tuple(sorted(types.items())), tuple(sorted(fine.items())),
+            tuple(sorted((k, str(v)) for k, v in call.constants.items())), call.num_warps, call.num_stages,
+        )  # fmt: skip
+        if key not in self._known:
+            self._known[key] = self._compile(call, types, fine)
+        return self._known[key]
+
+    def _compile(self, call: KernelCall, types: dict[str, str], fine: dict[str, bool]) -> Compiled:
+        import triton
+        from triton.compiler import ASTSource
+
+        names = call.function.arg_names
+        signature = {name: types.get(name, "constexpr") for name in names}
+        attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if fine.get(name)}
+        constants = {(i,): call.constants[name] for i, name in enumerate(names) if name not in types}
+        try:
+            source = ASTSource(fn=call.function, signature=signature, constexprs=constants, attrs=attrs)
+            # The same options as when it is measured, so that Triton's own cache serves both.
+            options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "launch_pdl": call.dependent}
+            compiled = triton.compile(source, target=self._target, options=options)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise ResourceError(
+                f"kernel {call.function.__name__} ({call.label}) does not compile for {self.arch}",
+                f"{type(error).__name__}: {reason[-1] if reason else ''}",
+                "check the versions of triton and torch; --debug shows the compiler's output",
+            ) from error
+        return self._keep(call.function.__name__, compiled, len(call.pointers))
+
+    def add_inductor(self, tuner: Any) -> Compiled:
+        """A kernel that Inductor has compiled already."""
+        key = ("inductor", id(tuner))
+        if key not in self._known:
+            result = tuner.compile_results[0]
+            signature = tuner.triton_meta["signature"]
+            constants = tuner.triton_meta["constants"]
+            count = sum(kind != "constexpr" and name not in constants for name, kind in signature.items())
+            self._known[key] = self._keep(tuner.fn.__name__, result.kernel, count)
+        return self._known[key]
+
+    def _keep(self, name: str, compiled: Any, parameters: int) -> Compiled:
+        cubin: bytes = compiled.asm["cubin"]
+        metadata = compiled.metadata
+        entry = _ENTRY.search(compiled.asm["ptx"])
+        declared = entry.group(1).count(".param") if entry else parameters
+        found = Compiled(
+            f"{name}-{hashlib.sha256(cubin).hexdigest()[:12]}", metadata.name, cubin, metadata.num_warps * 32,
+            metadata.shared, declared - parameters,
+        )  # fmt: skip
+        self.kernels.setdefault(found.name, found)
+        return self.kernels[found.name]

@@ -1,0 +1,220 @@
+"""From Inductor's wrapper to a list of launches: its own kernels as they are, Ingot's ops through their providers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ....artifacts.errors import ResourceError, UnsupportedModelError
+from ....passes.graph import op_name
+from ....runtime.ops.cuda.spec import Config, KernelCall, Lowering, Operands
+from .buffers import Argument, Buffer, Region, Scalar
+from .inductor import Wrapped
+from .kernels import Compiled, KernelStore
+from .program import Program
+
+# Chooses a provider's configuration for one call.
+Choose = Callable[[str, Any, Operands], Config]
+_SCALARS = {"i32": "int32", "i64": "int64", "fp32": "float32", "fp64": "float64", "i1": "int32"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a compiled kernel."""
+
+    kernel: Compiled
+    grid: tuple[int, int, int]
+    arguments: tuple[Argument, ...]
+    dependent: bool
+    label: str
+    read_bytes: int
+
+
+@dataclass
+class Lowered:
+    """An engine before its arena is planned."""
+
+    launches: list[Launch]
+    buffers: list[Buffer]  # of the arena
+
+
+class Lowerer:
+    """Walks one wrapper graph.
+
+    Args:
+        providers: op overload -> provider module. choose: picks a configuration for a call.
+        outputs: names of the graph's results in order; they become buffers of the space "output".
+    """
+
+    def __init__(
+        self, program: Program, wrapped: Wrapped, providers: Mapping[Any, Any], store: KernelStore, choose: Choose,
+        outputs: Sequence[str],
+    ) -> None:  # fmt: skip
+        self._program, self._wrapped, self._providers = program, wrapped, providers
+        self._store, self._choose, self._outputs = store, choose, tuple(outputs)
+        self._values: dict[fx.Node, Any] = {}
+        self.launches: list[Launch] = []
+        self.buffers: list[Buffer] = []
+        self.inputs: dict[str, Region] = {}
+
+    def lower(self) -> Lowered:
+        """All launches, in order.
+
+        Raises:
+            UnsupportedModelError: the graph calls an op without a CUDA kernel; names it.
+        """
+        names = iter(zip(self._program.inputs, self._program.examples))
+        for node in self._wrapped.gm.graph.nodes:
+            if node.op == "placeholder":
+                self._values[node] = self._input(*next(names))
+            elif node.op == "call_function":
+                self._values[node] = self._call(node)
+            elif node.op == "output":
+                self._finish(node)
+            else:
+                raise UnsupportedModelError(
+                    f"the graph holds a constant {node.target!r} that is no weight",
+                    "Inductor made it while it compiled",
+                    "report this with the model's config",
+                )
+        return Lowered(self.launches, self.buffers)
+
+    def region(self, space: str, name: str, shape: Sequence[int], dtype: torch.dtype) -> Region:
+        """A contiguous tensor in a buffer of its own."""
+        strides, step = [], 1
+        for size in reversed(shape):
+            strides.insert(0, step)
+            step *= max(size, 1)
+        buffer = Buffer(space, name, step * dtype.itemsize)
+        if space == "arena":
+            self.buffers.append(buffer)
+        return Region(buffer, 0, tuple(shape), tuple(strides), dtype)
+
+    def _input(self, name: str, example: torch.Tensor) -> Region:
+        space = "weight" if name in self._program.weights else "cache" if "_cache_" in name else "input"
+        found = self.region(space, name, tuple(example.shape), example.dtype)
+        self.inputs[name] = found
+        return found
+
+    def _call(self, node: fx.Node) -> Any:
+        target = node.target
+        if target is torch.empty_strided:
+            shape, strides = node.args[0], node.args[1]
+            return self._empty(tuple(shape), tuple(strides), node.kwargs["dtype"])  # type: ignore[arg-type]
+        if target is torch.as_strided:
+            source, shape, strides, start = node.args
+            return self._values[source].viewed(tuple(shape), tuple(strides), int(start))  # type: ignore[arg-type,index]
+        if target is operator.getitem:
+            return self._values[node.args[0]][node.args[1]]  # type: ignore[index]
+        if "kernel_idx" in node.kwargs:
+            return self._triton(node)
+        if target in self._providers:
+            return self._op(node)
+        raise UnsupportedModelError(
+            f"the model computes {op_name(node)}, for which the CUDA target has no kernel",
+            "its kernel plans hold Triton kernels alone, no library calls",
+            "compile it for the CPU (--set target.device=cpu)",
+        )
+
+    def _empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Region:
+        span = 0 if 0 in shape else sum((s - 1) * t for s, t in zip(shape, strides)) + 1
+        buffer = Buffer("arena", "", span * dtype.itemsize)
+        self.buffers.append(buffer)
+        return Region(buffer, 0, shape, strides, dtype)
+
+    def _triton(self, node: fx.Node) -> None:
+        """A kernel of Inductor's own."""
+        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+        tuner = self._wrapped.kernels[node.kwargs["kernel_idx"]]  # type: ignore[index]
+        given: dict[str, Any] = dict(node.kwargs["kwargs"])  # type: ignore[call-overload]
+        given |= kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])
+        grid = tuple(int(g) for g in node.kwargs["grid"][0])  # type: ignore[index,arg-type]
+        arguments: list[Argument] = []
+        for name, kind in tuner.triton_meta["signature"].items():
+            if kind == "constexpr" or name in tuner.triton_meta["constants"]:
+                continue
+            value = given[name]
+            if kind.startswith("*"):
+                arguments.append(self._values[value])
+            else:
+                arguments.append(Scalar(_SCALARS[kind], value))
+        kernel = self._store.add_inductor(tuner)
+        self._append(Launch(kernel, grid, tuple(arguments), False, kernel.name, 0))  # type: ignore[arg-type]
+
+    def _op(self, node: fx.Node) -> Region | None:
+        """One of Ingot's ops."""
+        target: Any = node.target
+        schema = target._schema
+        given = dict(zip((a.name for a in schema.arguments), node.args)) | dict(node.kwargs)
+        bound = {name: self._values[v] for name, v in given.items() if isinstance(v, fx.Node)}
+        tensors = {a.name: given.get(a.name) for a in schema.arguments if "Tensor" in str(a.type)}
+        operands_: dict[str, Any] = {n: bound[n].spec() if n in bound else None for n in tensors}
+        values = {n: v for n, v in given.items() if n not in tensors}
+        out = None
+        if schema.returns:
+            like = self._result_of(target, given, bound)
+            out = self.region("arena", "", tuple(like.shape), like.dtype)
+            bound["out"] = out
+        operands = Operands(operands_, values, {"out": out.spec()} if out else {})
+        provider = self._providers[target]
+        config = self._choose(op_name(node), provider, operands)
+        self.append_lowering(provider.lower(operands, config), bound)
+        return out
+
+    @staticmethod
+    def _result_of(target: Any, given: Mapping[str, Any], bound: Mapping[str, Region]) -> torch.Tensor:
+        metas = {
+            n: torch.empty_strided(bound[n].shape, bound[n].strides, dtype=bound[n].dtype, device="meta")
+            if n in bound else v for n, v in given.items()
+        }  # fmt: skip
+        return target(**metas)
+
+    def append_lowering(self, lowering: Lowering, bound: Mapping[str, Region]) -> None:
+        """Append a provider's launches; `bound` gives its operands and outputs by name."""
+        regions = dict(bound)
+        for name, scratch in lowering.scratch.items():
+            made = self.region("arena", "", scratch.shape, getattr(torch, scratch.dtype))
+            made.buffer.zeroed = scratch.zeroed
+            regions[name] = made
+        for call in lowering.calls:
+            pointers = tuple(regions[operand] for operand in call.pointers.values())
+            kernel = self._store.add(call, [r.dtype for r in pointers], [r.offset % 16 == 0 for r in pointers])
+            self._append(
+                Launch(kernel, call.grid, pointers, call.dependent, call.label or kernel.name, call.read_bytes)
+            )
+
+    def _append(self, launch: Launch) -> None:
+        index = len(self.launches)
+        for argument in launch.arguments:
+            if isinstance(argument, Region):
+                buffer = argument.buffer
+                buffer.first = index if buffer.first < 0 else buffer.first
+                buffer.last = index
+        self.launches.append(launch)
+
+    def _finish(self, node: fx.Node) -> None:
+        """Let the graph's results be written where the host reads them."""
+        for name, result in zip(self._outputs, node.args[0]):  # type: ignore[arg-type]
+            region = self._values[result]
+            buffer = region.buffer
+            if buffer.space != "arena" or region.offset or buffer.nbytes != region.nbytes:
+                raise ResourceError(
+                    f"the output {name} lies inside another buffer",
+                    "Inductor computes it together with something else",
+                    "report this with the model's config",
+                )
+            buffer.space, buffer.name = "output", name
+            self.buffers.remove(buffer)
+            self.inputs[name] = region
+
+
+def pointer_call(call: KernelCall) -> list[str]:
+    """Names of a call's pointer parameters in the kernel's own order."""
+    order = [n for n in call.function.arg_names if n in call.pointers]
+    return order

@@ -1,0 +1,86 @@
+"""CUDA provider of `ingot::cache_write`: the keys or values of a prefill chunk go to their slots, in one launch.
+
+(A decode step writes its one token inside of `attention_step`.) Padding tokens all write slot 0, the null block, in
+any order: nobody reads it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .attention_step import power_of_two, tensor
+from .spec import Config, KernelCall, Lowering, Operands
+
+
+@triton.jit
+def cache_write_kernel(
+    cache: tl.tensor,
+    x: tl.tensor,
+    slots: tl.tensor,
+    TOKENS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    X_STRIDES: tl.constexpr,
+    CACHE_STRIDES: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """A tile of ROWS tokens and COLUMNS elements of their heads laid side by side."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    slot = tl.load(slots + token * SLOT_STRIDE, mask=token < TOKENS, other=0)
+    # tl.arange runs within a head as far as 16-byte accesses go, also where DIM is no power of two.
+    head, d = column // DIM, column % DIM
+    source = token // LENGTH * X_STRIDES[0] + token % LENGTH * X_STRIDES[2]
+    target = slot // BLOCK_SIZE * CACHE_STRIDES[0] + slot % BLOCK_SIZE * CACHE_STRIDES[1]
+    seen = (token < TOKENS)[:, None] & (column < HEADS * DIM)[None, :]
+    values = tl.load(x + source[:, None] + (head * X_STRIDES[1] + d * X_STRIDES[3])[None, :], mask=seen)
+    tl.store(cache + target[:, None] + (head * CACHE_STRIDES[2] + d * CACHE_STRIDES[3])[None, :], values, mask=seen)
+
+
+def candidates(operands: Operands) -> list[Config]:
+    """Configurations worth measuring: bytes of a tile and its warps; best guess first."""
+    return [{"elements": 2048, "warps": 4}, {"elements": 4096, "warps": 4}, {"elements": 1024, "warps": 2}]
+
+
+def lower(operands: Operands, config: Config) -> Lowering:
+    """One launch over (tiles of tokens, tiles of columns).
+
+    Args:
+        config: `elements` of a program's tile; `warps`.
+    """
+    cache, x, slots = tensor(operands, "cache"), tensor(operands, "x"), tensor(operands, "slots")
+    batch, heads, length, dim = x.shape
+    columns = min(power_of_two(heads * dim), int(config["elements"]))
+    rows = min(power_of_two(batch * length), int(config["elements"]) // columns)
+    call = KernelCall(
+        function=cache_write_kernel,
+        grid=(-(-batch * length // rows), -(-heads * dim // columns), 1),
+        pointers={name: name for name in ("cache", "x", "slots")},
+        constants={
+            "TOKENS": batch * length,
+            "LENGTH": length,
+            "HEADS": heads,
+            "DIM": dim,
+            "BLOCK_SIZE": cache.shape[1],
+            "X_STRIDES": x.strides,
+            "CACHE_STRIDES": cache.strides,
+            "SLOT_STRIDE": slots.strides[0],
+            "ROWS": rows,
+            "COLUMNS": columns,
+            "PDL": True,
+        },
+        num_warps=int(config["warps"]),
+        dependent=True,
+        label=f"cache_write tokens{batch * length} h{heads} d{dim}",
+    )
+    return Lowering((call,))

@@ -1,0 +1,37 @@
+"""Two repairs of Triton's interpreter (3.6), for a process that runs kernels in it and nothing else.
+
+It keeps bfloat16 as bit patterns, which its `tl.dot` multiplies as integers; and loop bounds that are known at run time
+alone fail with numpy from 2.4 on, which no longer turns an array of one element into an int.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from triton import language as tl
+from triton.runtime import interpreter
+
+
+def repair() -> None:
+    """Change the interpreter of this process."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_wide_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, _widened(a), _widened(b), *rest)
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+    interpreter.InterpreterBuilder.create_dot = create_wide_dot
+
+
+def _widened(handle: Any) -> Any:
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return interpreter.TensorHandle(wide, tl.float32)

@@ -1,0 +1,202 @@
+"""Numeric cases of the CUDA kernels of `fused_linear`: on the GPU, or on the CPU in Triton's interpreter.
+
+Run as a program (TRITON_INTERPRET=1), it prints one JSON object: case -> largest error as a share of what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ingot.runtime.ops import fused_reference
+from ingot.runtime.ops.cuda import linear
+from ingot.runtime.ops.cuda.spec import KernelCall, Operands, TensorSpec
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `strided`: x and the residual are columns of a wider tensor whose rest is NaN."""
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype = torch.bfloat16
+    norm: bool = False
+    offset: float = 0.0
+    activation: str = ""
+    gate_first: bool = True
+    bias: bool = False
+    residual: bool = False
+    wide: bool = False
+    strided: bool = False
+
+    def __str__(self) -> str:
+        extra = [field.name for field in dataclasses.fields(self)[4:] if getattr(self, field.name) != field.default]
+        return "-".join([f"{self.m}x{self.n}x{self.k}", str(self.dtype)[6:], self.activation, *extra])
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = (
+    Case(1, 1, 1, FP32),
+    Case(1, 24, 64),
+    Case(1, 37, 100, norm=True, offset=1.0, bias=True),
+    Case(1, 34, 600, norm=True, activation="silu", residual=True, strided=True),
+    Case(1, 20, 2304, FP32, norm=True, activation="gelu_tanh", gate_first=False),
+    Case(1, 9, 4200, norm=True, residual=True, wide=True),
+    Case(2, 40, 264, FP16, activation="gelu", bias=True),
+    Case(3, 33, 1024, norm=True, bias=True, residual=True, strided=True),
+    Case(3, 64, 96, FP32, norm=True, offset=1.0, activation="relu", residual=True),
+    Case(5, 70, 257, norm=True, activation="silu", gate_first=False, strided=True),
+    Case(8, 96, 512, norm=True, bias=True),
+    Case(8, 48, 130, FP32, norm=True, bias=True, residual=True),
+    Case(17, 140, 320, norm=True, offset=1.0, activation="silu", bias=True, strided=True),
+    Case(17, 66, 100, FP32, norm=True, activation="gelu"),
+    Case(64, 130, 200, wide=True, bias=True),
+    Case(64, 64, 128, residual=True),
+    Case(64, 128, 72, FP16, norm=True, activation="relu"),
+    Case(100, 128, 128, bias=True, residual=True, strided=True),
+    Case(100, 150, 70, activation="silu", bias=True),
+    Case(100, 66, 70, FP32, activation="gelu_tanh", gate_first=False, residual=True),
+    Case(300, 260, 64, FP16, activation="gelu"),
+    Case(300, 140, 64, wide=True),
+)
+
+
+def run_cases(device: str) -> dict[str, float]:
+    """The largest error of every case over all its candidates, as a share of what is allowed: at most 1 is right."""
+    cases = CASES if device != "cpu" else [_interpretable(case) for case in CASES]
+    errors = {str(case): _run(case, device) for case in cases}
+    errors["a row sees no other"] = float(not _rows_apart(device))
+    return errors
+
+
+def _interpretable(case: Case) -> Case:
+    """Triton's interpreter multiplies the bit patterns of bfloat16 in `tl.dot`: cases that may use it, in float16."""
+    return dataclasses.replace(case, dtype=FP16) if case.dtype == BF16 and case.m > 1 else case
+
+
+def launch(call: KernelCall, tensors: dict[str, torch.Tensor]) -> None:
+    """Launch a kernel on torch tensors; outside of the interpreter as the plan would, a dependent launch."""
+    gpu = tensors["out"].is_cuda
+    constants = dict(call.constants) | {"PDL": gpu}
+    options: dict[str, Any] = {"num_warps": call.num_warps, "num_stages": call.num_stages}
+    if gpu:
+        options["launch_pdl"] = call.dependent
+    pointers = {parameter: tensors[name] for parameter, name in call.pointers.items()}
+    call.function[call.grid](**pointers, **constants, **options)
+
+
+def make(case: Case, device: str) -> tuple[Operands, dict[str, torch.Tensor]]:
+    """The call's operands, and its tensors, the output full of NaN."""
+    generator = torch.Generator().manual_seed(case.m * 1000003 + case.n * 1009 + case.k)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, case.dtype)
+
+    def rows(width: int) -> torch.Tensor:
+        if not case.strided:
+            return random(case.m, 1, width)
+        wider = torch.full((case.m, 1, width + 48), float("nan"), device=device, dtype=case.dtype)
+        wider[..., 16 : 16 + width] = random(case.m, 1, width)
+        return wider[..., 16 : 16 + width]
+
+    columns = case.n // 2 if case.activation else case.n
+    tensors = {"x": rows(case.k), "weight": random(case.n, case.k) * case.k**-0.5}
+    if case.bias:
+        tensors["bias"] = random(case.n)
+    if case.norm:
+        tensors["norm_weight"] = random(case.k)
+    if case.residual:
+        tensors["residual"] = rows(columns)
+    out_dtype = torch.float32 if case.wide else case.dtype
+    out = torch.full((case.m, 1, columns), float("nan"), device=device, dtype=out_dtype)
+    operands = Operands(
+        tensors={name: _spec(tensors[name]) if name in tensors else None for name in _NAMES},
+        values=_values(case),
+        outputs={"out": _spec(out)},
+    )
+    return operands, tensors | {"out": out}
+
+
+_NAMES = ("x", "weight", "bias", "norm_weight", "residual")
+
+
+def _values(case: Case) -> dict[str, Any]:
+    return {
+        "eps": 1e-5, "offset": case.offset, "narrow_first": not case.offset, "activation": case.activation,
+        "gate_first": case.gate_first, "wide": case.wide,
+    }  # fmt: skip
+
+
+def _spec(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype)[6:])
+
+
+def _run(case: Case, device: str) -> float:
+    operands, tensors = make(case, device)
+    exact, allowed = _oracle(case, tensors)
+    worst = 0.0
+    for config in linear.candidates(operands):
+        out = tensors["out"].fill_(float("nan"))
+        for call in linear.lower(operands, config).calls:
+            launch(call, tensors)
+        share = ((out.double() - exact).abs() / allowed).max().item()
+        worst = share if share != share or share > worst else worst
+    return worst
+
+
+def _oracle(case: Case, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference in float32 on the same values, and what a kernel may differ from it at each element."""
+    given = {name: tensors[name].float() if name in tensors else None for name in _NAMES}
+    exact = fused_reference.fused_linear(**given, **_values(case)).double()
+    # The linear layer itself, in float64: `size` bounds what sums in any order can lose.
+    x = given["x"].double()
+    if given["norm_weight"] is not None:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * (given["norm_weight"].double() + case.offset)
+    weight, bias = given["weight"].double(), 0.0 if given["bias"] is None else given["bias"].double()
+    linear_out, size = x @ weight.t() + bias, x.abs() @ weight.abs().t()
+    half_step = 0.51 * torch.finfo(case.dtype).eps
+    if case.dtype == BF16 and not tensors["out"].is_cuda:
+        half_step *= 2  # The interpreter cuts bfloat16 off.
+    # Normalized rows may be rounded once on their way into the tensor cores.
+    loss = 2e-6 * size + (half_step * size / 4 if case.norm and case.dtype != FP32 else 0.0)
+    loss = loss + (0.0 if case.wide else half_step * linear_out.abs())
+    if case.activation:
+        first, second = linear_out.chunk(2, -1)
+        lost_gate, lost_up = loss.chunk(2, -1)
+        gate, up = (first, second) if case.gate_first else (second, first)
+        lost_gate, lost_up = (lost_gate, lost_up) if case.gate_first else (lost_up, lost_gate)
+        # No activation is steeper than 1.2 or larger than its input.
+        loss = (1.2 * lost_gate + half_step * gate.abs()) * (up.abs() + lost_up) + gate.abs() * lost_up
+        loss = loss + (half_step + 1e-6) * (gate * up).abs()
+    if given["residual"] is not None:
+        loss = loss + (half_step if not case.wide else 1e-6) * exact.abs()
+    return exact, loss + 1e-6
+
+
+def _rows_apart(device: str) -> bool:
+    """Whether rows stay as they were, bit for bit, when another row turns into NaN."""
+    same = True
+    for case in (Case(3, 20, 64, norm=True), Case(20, 40, 64, norm=True, activation="silu"), Case(70, 64, 64)):
+        case = case if device != "cpu" else _interpretable(case)
+        operands, tensors = make(case, device)
+        for config in linear.candidates(operands):
+            results = []
+            before = tensors["x"].clone()
+            for poison in (False, True):
+                if poison:
+                    tensors["x"][1] = float("nan")
+                for call in linear.lower(operands, config).calls:
+                    launch(call, tensors)
+                results.append(tensors["out"].clone())
+            tensors["x"].copy_(before)
+            others = [row for row in range(case.m) if row != 1]
+            same = same and torch.equal(results[0][others], results[1][others]) and bool(results[1][1].isnan().all())
+    return same
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_cases("cpu")))
