@@ -21,6 +21,8 @@ from .machine import ROOT
 from .results import Build
 from .subjects import Subject
 
+_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+
 
 def open_recipe(subject: Subject, stories: Path | None) -> Recipe:
     """The subject's recipe with its settings.
@@ -31,8 +33,13 @@ def open_recipe(subject: Subject, stories: Path | None) -> Recipe:
     return load_recipe(ROOT / "recipes" / subject.recipe, subject.settings, str(stories) if subject.stories else None)
 
 
-def ensure_artifact(subject: Subject, recipe: Recipe, folder: Path, rebuild: bool) -> tuple[Manifest, Build]:
+def ensure_artifact(
+    subject: Subject, recipe: Recipe, folder: Path, rebuild: bool, cold: bool = True, timeout: float | None = None
+) -> tuple[Manifest, Build]:
     """The manifest of a present artifact of this recipe in `folder`, and what its build took.
+
+    Args:
+        cold: build without what earlier builds have cached. timeout: seconds after which a build is given up.
 
     Raises:
         ResourceError: the build failed; its message is passed on.
@@ -48,17 +55,17 @@ def ensure_artifact(subject: Subject, recipe: Recipe, folder: Path, rebuild: boo
     if recipe.model_folder is not None:
         command += ["--model", str(recipe.model_folder)]
     with tempfile.TemporaryDirectory(prefix="ingot-bench-") as empty:
-        # Without the caches of earlier builds every build is a cold one.
-        done = children.run(command, extra={"TORCHINDUCTOR_CACHE_DIR": empty}, watch_memory=True)
+        # Without the caches of earlier builds (the compiler's, Triton's, the tuner's) every build is a cold one.
+        caches = {name: f"{empty}/{name}" for name in _CACHES} if cold else {}
+        done = children.run(command, extra=caches, watch_memory=True, device=subject.device, timeout=timeout)
     if done.code:
-        raise ResourceError(
-            f"building {subject.name} failed with exit code {done.code}", children.tail(done.stderr), ""
-        )
+        why = f"it was given up after {done.seconds:.0f} s" if done.timed_out else f"exit code {done.code}"
+        raise ResourceError(f"building {subject.name} failed: {why}", children.tail(done.stderr, 2000), "")
     stages = {str(k): float(v) for k, v in json.loads(done.stdout).get("stage_seconds", {}).items()}
-    build = Build(done.seconds, done.peak_bytes, done.largest_process_bytes, False, stages)
+    build = Build(done.seconds, done.peak_bytes, done.largest_process_bytes, False, stages, cold)
     manifest = load_manifest(folder)
     kept = {"manifest": manifest.digest(), **{k: getattr(build, k) for k in ("seconds", "peak_bytes")}}
-    kept |= {"largest_process_bytes": build.largest_process_bytes, "stages": stages}
+    kept |= {"largest_process_bytes": build.largest_process_bytes, "cold": cold, "stages": stages}
     _record(folder).write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
     return manifest, build
 

@@ -28,17 +28,18 @@ from .machine import core_count
 _SAMPLE_S = 0.5  # between two looks at a build's memory: a look at gigabytes costs some 10 ms
 
 
-def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of every child: as many threads as cores for ours and peers alike, and no network."""
+def environment(extra: Mapping[str, str] | None = None, device: str = "cpu") -> dict[str, str]:
+    """The environment of every child: as many threads as cores for ours and peers alike, no network, GPUs or none."""
     threads = {name: str(core_count()) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **threads, **quiet, **(extra or {})}
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return {**os.environ, **threads, **quiet, **hidden, **(extra or {})}
 
 
 class Worker:
     """A module of this package running as a child: one JSON request per line in, one JSON answer per line out."""
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    def __init__(self, module: str, *arguments: str, device: str = "cpu") -> None:
         self._name = module.rpartition(".")[2]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         self._process = subprocess.Popen(
@@ -46,7 +47,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=environment(),
+            env=environment(device=device),
             start_new_session=True,
         )
 
@@ -108,7 +109,10 @@ def serve(handlers: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]) ->
 
 @dataclass(frozen=True)
 class Finished:
-    """A child that ran to its end: exit code, output, seconds and memory (see results.Build for the two peaks)."""
+    """A child that ran to its end: exit code, output, seconds and memory (see results.Build for the two peaks).
+
+    `timed_out`: it was ended because it took too long.
+    """
 
     code: int
     stdout: str
@@ -117,10 +121,20 @@ class Finished:
     seconds: float
     peak_bytes: int = 0
     largest_process_bytes: int = 0
+    timed_out: bool = False
 
 
-def run(command: Sequence[str], *, extra: Mapping[str, str] | None = None, watch_memory: bool = False) -> Finished:
+def run(
+    command: Sequence[str],
+    *,
+    extra: Mapping[str, str] | None = None,
+    watch_memory: bool = False,
+    device: str = "cpu",
+    timeout: float | None = None,
+) -> Finished:
     """Run a command to its end, with its output kept; with `watch_memory` the memory of all its processes is sampled.
+
+    After `timeout` seconds it is ended, and whatever it has started with it.
 
     `largest_process_bytes` is exact (the kernel's), `peak_bytes` the largest sample of the sum of proportional set
     sizes, in which memory shared between processes counts once.
@@ -132,22 +146,35 @@ def run(command: Sequence[str], *, extra: Mapping[str, str] | None = None, watch
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
-            env=environment(extra),
+            env=environment(extra, device),
             start_new_session=True,
         )
+        late = threading.Event()
+        timer = threading.Timer(timeout, _cut_off, (process.pid, late)) if timeout is not None else None
         try:
+            if timer is not None:
+                timer.start()
             with _sampling(process.pid) if watch_memory else contextlib.nullcontext([0]) as peaks:
                 _, status, usage = os.wait4(process.pid, 0)
                 seconds = time.monotonic() - started
                 process.returncode = os.waitstatus_to_exitcode(status)
         finally:
+            if timer is not None:
+                timer.cancel()
             end(process)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode("utf-8", errors="replace"))
     largest = usage.ru_maxrss * 1024
-    return Finished(process.returncode, texts[0], texts[1], started, seconds, max(peaks[0], largest), largest)
+    peak = max(peaks[0], largest)
+    return Finished(process.returncode, texts[0], texts[1], started, seconds, peak, largest, late.is_set())
+
+
+def _cut_off(session: int, late: threading.Event) -> None:
+    late.set()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(session, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

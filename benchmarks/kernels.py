@@ -54,7 +54,13 @@ def linear_case(name: str, m: int, n: int, k: int, *, norm: bool = False, act: s
     }  # fmt: skip
     values = {"eps": 1e-5, "offset": 0.0, "narrow_first": True, "activation": act, "gate_first": True, "wide": wide}
     out = dense(1, m, columns, dtype="float32" if wide else "bfloat16")
-    return Case(f"{name} m{m} {n}x{k}", linear, Operands(tensors, values, {"out": out}), n * k * 2, 2 * m * n * k)
+    return Case(
+        f"{name} m{m} {n}x{k}",
+        linear,
+        Operands(tensors, values, {"out": out}, frozenset({"weight"})),
+        n * k * 2,
+        2 * m * n * k,
+    )
 
 
 def cases(model: str, batches: list[int], lengths: list[int], contexts: list[int]) -> list[Case]:
@@ -111,7 +117,8 @@ def step_case(batch: int, heads: int, kv: int, dim: int, context: int) -> Case:
         "cos": dense(batch, 1, 1, dim), "sin": dense(batch, 1, 1, dim), "q_norm": None, "k_norm": None, "sinks": None,
     }  # fmt: skip
     values = {"eps": 0.0, "offset": 0.0, "narrow_first": False, "scale": dim**-0.5, "window": 0, "softcap": 0.0}
-    operands = Operands(tensors, values, {"out": dense(batch, 1, heads, dim)})
+    stable = frozenset({"k_cache", "v_cache", "block_tables", "positions"})
+    operands = Operands(tensors, values, {"out": dense(batch, 1, heads, dim)}, stable)
     return Case(f"step b{batch} ctx{context}", attention_step, operands, batch * context * kv * dim * 4,
                 context=context)  # fmt: skip
 
@@ -165,9 +172,8 @@ def main() -> int:
         if time.monotonic() - begin > args.seconds:
             print("out of time")
             break
-        rows = []
-        for config in case.provider.candidates(case.operands):
-            rows.append((measure(case.provider, case.operands, config, case.context), config))
+        configs = case.provider.candidates(case.operands)
+        rows = list(zip(measure(case.provider, case.operands, configs, case.context), configs))
         best = min(t for t, _ in rows)
         print(f"{case.name}:")
         for microseconds, config in rows:

@@ -45,7 +45,7 @@ def l3_bytes() -> int:
 def versions() -> dict[str, str]:
     """Versions of what takes part; nothing is imported for it."""
     found = {"python": platform.python_version()}
-    for name in ("ingot", "numpy", "tokenizers", "torch", "transformers"):
+    for name in ("ingot", "numpy", "tokenizers", "torch", "transformers", "triton", "cuda-bindings"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -1,12 +1,13 @@
 """Ingot's side of a comparison: a worker that decodes and prefills through `LLM`, and the program whose start is timed.
 
-`python -m ingot.benchmarks.ours ARTIFACT` answers {"op": "decode" | "prefill", "prompt": [ids], "tokens": n}.
-Times are the harness's own around whole calls; only the time to the first token, which is subtracted from a decoding
-run, is the runtime's.
+`python -m ingot.benchmarks.ours ARTIFACT` answers {"op": "decode" | "prefill", "prompt": [ids], "tokens": n} and
+{"op": "batch", "prompts": [[ids] …], "tokens": n}. Times are the harness's own around whole calls; only the time to the
+first token, which is subtracted from a decoding run, is the runtime's, and the times of a batch's rows are.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from typing import Any
@@ -46,6 +47,27 @@ def decode(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds - output.metrics.ttft_ms / 1000, "token_ids": tokens}
 
 
+def batch(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
+    """As `decode` for several prompts at once; the seconds are those in which all rows decode together.
+
+    Raises:
+        RuntimeError: tokens are missing, or not all rows decoded together.
+    """
+    count = request["tokens"] + 1
+    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(request["prompts"], params)
+    if any(len(output.outputs[0].token_ids) != count for output in outputs):
+        raise RuntimeError(f"not every row has {count} tokens")
+    # Prompts are prefilled one after the other. Behind the last one, all rows decode: its steps are the full ones.
+    metrics = [output.metrics for output in outputs]
+    waits = [m.queue_ms for m in metrics if m.queue_ms is not None]
+    ends = [m.total_ms for m in metrics if m.total_ms is not None]
+    steps = [m.tpot_ms for m in metrics if m.tpot_ms is not None]
+    if len(steps) != len(outputs) or max(waits) > min(ends):
+        raise RuntimeError(f"{len(outputs)} rows did not decode together: the KV cache or the engines hold fewer")
+    return {"seconds": min(steps) * request["tokens"] / 1000}
+
+
 def prefill(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
     """Seconds from a prompt to its first token."""
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
@@ -57,7 +79,8 @@ def prefill(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
 def main(artifact: str) -> None:
     """Serve until stdin closes."""
     with LLM(artifact) as llm:
-        serve({"decode": lambda request: decode(llm, request), "prefill": lambda request: prefill(llm, request)})
+        ways = {"decode": decode, "batch": batch, "prefill": prefill}
+        serve({op: functools.partial(way, llm) for op, way in ways.items()})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The one JSON schema of all results: what was measured, on which machine, with which versions.
 
-Lists are filled while a run goes on, so that an interrupted run still is a valid report. Sizes are in bytes, times in
-seconds, rates in tokens per second; 0 and "" mean "not measured".
+Lists are filled while a run goes on, so that an interrupted run still is a valid report, and a later one can take it
+up again. Sizes are in bytes, times in seconds, rates in tokens per second; 0 and "" mean "not measured".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..artifacts import strict
 from ..artifacts.errors import UsageError, VerificationError
 from ..artifacts.strict import OneOf, Range
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 OURS = "ingot"
 
 
@@ -28,12 +28,19 @@ class Series:
     """Repetitions of one test on one engine, in the order they were taken.
 
     `engine` is "ingot" or the peer's name, `test` is llama-bench's word ("tg128": 128 tokens generated, "pp512": a
-    prompt of 512 tokens) or "start" (process start to first token) or "peak" (memory of that process).
+    prompt of 512 tokens, "tg128 @ d1024 b8": 128 tokens in each of 8 rows behind prompts of 1024) or "start" (process
+    start to first token) or "peak" (memory of that process).
+
+    A rate counts the tokens of all rows. `per_step` says how many of them a step makes: the rows of a decode step, the
+    length of a prompt. `read_bytes` and `flops` are what such a step must read and compute.
     """
 
     engine: str
     test: str
     unit: Annotated[str, OneOf(("tok/s", "s", "bytes"))]
+    per_step: int = 0
+    read_bytes: int = 0
+    flops: int = 0
     samples: list[float] = field(default_factory=list)
     mean: float = 0.0
     sd: float = 0.0
@@ -53,6 +60,21 @@ class Series:
             return 0.0
         return max(self.samples) if self.unit == "tok/s" else min(self.samples)
 
+    @property
+    def steps_per_second(self) -> float:
+        """The median rate in steps; 0 where that says nothing."""
+        return self.median / self.per_step if self.per_step else 0.0
+
+    @property
+    def gb_s(self) -> float:
+        """What must be read, in GB/s."""
+        return self.read_bytes * self.steps_per_second / 1e9
+
+    @property
+    def tflop_s(self) -> float:
+        """What must be computed, in TFLOP/s."""
+        return self.flops * self.steps_per_second / 1e12
+
 
 @dataclass
 class Ratio:
@@ -67,7 +89,7 @@ class Ratio:
 
 @dataclass
 class Traffic:
-    """Bytes one decode step must read: weights in full, single rows of tables, and the KV cache (mean over the run)."""
+    """Bytes a decode step of one row must read: weights in full, rows of tables, the KV cache (mean over the run)."""
 
     weights: int = 0
     rows: int = 0
@@ -81,7 +103,7 @@ class Traffic:
 
 @dataclass
 class Build:
-    """What a build took. Caches of the compiler were empty.
+    """What a build took. Caches of the compiler and of its tuner were empty where it is `cold`.
 
     `peak_bytes` is the largest sum over all its processes, `largest_process_bytes` the largest of one. With `reused` it
     was an earlier run that built the artifact and measured this.
@@ -92,19 +114,27 @@ class Build:
     largest_process_bytes: int = 0
     reused: bool = False
     stages: dict[str, float] = field(default_factory=dict)
+    cold: bool = True
 
 
 @dataclass
 class Goal:
-    """A number to reach. `value` counts only where `known`; `source` says who asks for it."""
+    """A number to reach, `target` first and `then` after it (0: there is no second).
+
+    `test` names the test it speaks of where a model has several. `value` counts only where `known`; `source` says who
+    asks for it.
+    """
 
     what: str
     relation: Annotated[str, OneOf(("<=", ">="))]
     target: float
     source: str
+    test: str = ""
+    then: float = 0.0
     value: float = 0.0
     known: bool = False
     reached: bool = False
+    reached_then: bool = False
 
 
 @dataclass
@@ -114,6 +144,7 @@ class Model:
     name: str
     recipe: str
     settings: list[str]
+    device: Annotated[str, OneOf(("cpu", "cuda"))] = "cpu"
     skipped: str = ""
     failed: str = ""
     dtype: str = ""
@@ -129,23 +160,31 @@ class Model:
     goals: list[Goal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def open_series(self, engine: str, test: str, unit: str) -> Series:
+    def open_series(
+        self, engine: str, test: str, unit: str, per_step: int = 0, read_bytes: int = 0, flops: int = 0
+    ) -> Series:
         """The series of this name, made if there is none."""
         for series in self.series:
             if (series.engine, series.test, series.unit) == (engine, test, unit):
                 return series
-        self.series.append(Series(engine, test, unit))
+        self.series.append(Series(engine, test, unit, per_step, read_bytes, flops))
         return self.series[-1]
 
-    def find(self, engine: str, kind: str) -> Series | None:
-        """The engine's series whose test begins with `kind` ("tg", "pp", "start", "peak") and has samples."""
+    def find(self, engine: str, kind: str, test: str = "") -> Series | None:
+        """The engine's first series with samples whose test begins with `kind` ("tg", "pp", "start", "peak").
+
+        With `test` it must be that very test.
+        """
         fits = (s for s in self.series if s.engine == engine and s.test.startswith(kind) and s.samples)
-        return next(fits, None)
+        return next((s for s in fits if test in ("", s.test)), None)
 
 
 @dataclass
 class Machine:
-    """Where the run was made. `flags` are those that decide about kernels, `load` the load average before the run."""
+    """Where the run was made. `flags` are those that decide about kernels, `load` the load average before the run.
+
+    `gpu` and what follows it describe the first visible GPU of a run on the device "cuda".
+    """
 
     cpu: str
     cores: int
@@ -155,6 +194,9 @@ class Machine:
     flags: list[str]
     system: str
     load: float
+    gpu: str = ""
+    gpu_memory_bytes: int = 0
+    gpu_l2_bytes: int = 0
 
 
 @dataclass
@@ -166,8 +208,25 @@ class Pass:
 
 
 @dataclass
+class Matmul:
+    """The best rate of large bfloat16 matrix products."""
+
+    method: str
+    tflop_s: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What nothing on the device can exceed (0: not measured), and the cache that hides its memory."""
+
+    read_gb_s: float
+    matmul_tflop_s: float
+    cache_bytes: int
+
+
+@dataclass
 class Report:
-    """One run of the harness. The ceiling (`read_gb_s`) is the best of `reads`, which were taken between the models."""
+    """One run of the harness. The ceilings are the best of `reads` and `matmuls`, taken between the models."""
 
     created: str
     commit: str
@@ -178,6 +237,8 @@ class Report:
     versions: dict[str, str]
     read_gb_s: float = 0.0
     reads: list[Pass] = field(default_factory=list)
+    matmul_tflop_s: float = 0.0
+    matmuls: list[Matmul] = field(default_factory=list)
     models: list[Model] = field(default_factory=list)
     interrupted: bool = False
     schema_version: Annotated[int, Range(SCHEMA_VERSION, SCHEMA_VERSION)] = SCHEMA_VERSION
@@ -186,6 +247,16 @@ class Report:
         """Take measured read bandwidths into account."""
         self.reads += passes
         self.read_gb_s = max((p.gb_s for p in self.reads), default=0.0)
+
+    def add_matmuls(self, matmuls: Sequence[Matmul]) -> None:
+        """Take measured matmul rates into account."""
+        self.matmuls += matmuls
+        self.matmul_tflop_s = max((m.tflop_s for m in self.matmuls), default=0.0)
+
+    def limits(self, device: str) -> Limits:
+        """The ceilings, with the cache of the device that was measured."""
+        cache = self.machine.gpu_l2_bytes if device == "cuda" else self.machine.l3_bytes
+        return Limits(self.read_gb_s, self.matmul_tflop_s, cache)
 
     def to_json(self) -> str:
         """The report as JSON, keys in the schema's order."""

@@ -1,4 +1,4 @@
-"""Measures one model: the artifact, then ours and the peer in turn, repetition by repetition.
+"""Measures one model on the CPU: the artifact, then ours and the peer in turn, repetition by repetition.
 
 Turn and turn about means that a machine growing slower (heat, a neighbour) hits both sides alike, and a ratio is always
 one of two runs next to each other. Every first run warms up and is dropped.
@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..artifacts.manifest import Manifest
 from ..compiler.recipe import Recipe
 from ..runtime.weights import map_weights
 from . import ours, transformers_peer
+from .budget import Budget
 from .builds import checkpoint_bytes, ensure_artifact, newer_sources, open_recipe
 from .children import Worker, run, tail
 from .results import OURS, Model
@@ -26,18 +27,29 @@ from .subjects import Subject
 from .traffic import step_bytes
 
 Say = Callable[[str], None]
+PARTS = ("speed", "start", "peers")
 SHORTEST_S = 0.25  # a sample is the mean over as many runs as this takes: a tiny model's single run is all jitter
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure. `stories` is the folder of stories260K if there is one, `peers` the names of peers to run."""
+    """How to measure. `stories` is the folder of stories260K if there is one, `peers` the names of peers to run.
+
+    On a GPU also: `parts` to measure, `tests` to run by name (none: all), batches to measure peers at (none: all there
+    are), the folder of gpt-fast, whether builds start `cold`, and the time there is.
+    """
 
     artifacts: Path
     stories: Path | None
     peers: tuple[str, ...]
     repetitions: int
     rebuild: bool = False
+    parts: tuple[str, ...] = PARTS
+    tests: tuple[str, ...] = ()
+    peer_batches: tuple[int, ...] = ()
+    gpt_fast: Path | None = None
+    cold: bool = True
+    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,8 @@ class Contender:
 
 def begin(subject: Subject) -> Model:
     """The empty result of a subject, with its goals."""
-    return Model(subject.name, f"recipes/{subject.recipe}", list(subject.settings), goals=list(subject.goals))
+    settings, goals = list(subject.settings), list(subject.goals)
+    return Model(subject.name, f"recipes/{subject.recipe}", settings, subject.device, goals=goals)
 
 
 def measure(subject: Subject, model: Model, options: Options, say: Say) -> None:
@@ -66,7 +79,7 @@ def measure(subject: Subject, model: Model, options: Options, say: Say) -> None:
         return
     try:
         recipe = open_recipe(subject, options.stories)
-        folder = options.artifacts / subject.name
+        folder = options.artifacts / subject.folder
         manifest, model.build = ensure_artifact(subject, recipe, folder, options.rebuild)
         if newer_sources(folder):
             model.notes.append("the compiler's sources are newer than the artifact: --rebuild measures what they make")
@@ -86,7 +99,8 @@ def describe(subject: Subject, model: Model, recipe: Recipe, manifest: Manifest,
     model.weights_bytes = sum(entry.size for entry in manifest.files if entry.path in manifest.weights)
     tensors = {n: (t.shape, t.dtype) for n, t in map_weights(folder / path for path in manifest.weights).items()}
     # The first token comes from the prefill; step i then sees the prompt, i tokens before it, and its own.
-    contexts = range(subject.context + 1, subject.context + subject.generate + 1)
+    context, generate = subject.decoding
+    contexts = range(context + 1, context + generate + 1)
     model.traffic = step_bytes(manifest, tensors, contexts)
 
 
@@ -95,7 +109,7 @@ def compare_speed(
 ) -> None:
     """Decode and prefill rates, ours and the peer's in turn."""
     with ExitStack() as stack:
-        folder = options.artifacts / subject.name
+        folder = options.artifacts / subject.folder
         mine = stack.enter_context(Worker(ours.__name__, str(folder)))
         sides = [Contender(OURS, "decode", mine, subject.generate, subject.prefill)]
         if "transformers" in options.peers:
@@ -128,23 +142,31 @@ def one_round(side: Contender, subject: Subject, model: Model, manifest: Manifes
     seconds, produced = sample(side.worker, decode, 0.0 if warm_up else SHORTEST_S)
     length = prefill_length(side.prefill, longest, chunk)
     if not warm_up:
-        model.open_series(side.engine, f"tg{tokens}", "tok/s").add(tokens / seconds)
+        # What a peer reads is another matter: it may hold the weights in another precision.
+        read = model.traffic.total if side.engine == OURS else 0
+        model.open_series(side.engine, f"tg{tokens}", "tok/s", 1, read).add(tokens / seconds)
     if side.op == "decode":  # a peer's second way to decode has no prefill of its own
         prefill = {"op": "prefill", "prompt": prompt_ids(length, vocab)}
         seconds, _ = sample(side.worker, prefill, 0.0 if warm_up else SHORTEST_S)
         if not warm_up:
-            model.open_series(side.engine, f"pp{length}", "tok/s").add(length / seconds)
+            model.open_series(side.engine, f"pp{length}", "tok/s", length).add(length / seconds)
     return produced
 
 
-def sample(worker: Worker, request: dict[str, Any], shortest: float) -> tuple[float, list[int]]:
-    """Repeat a request for at least `shortest` seconds of its own time: mean seconds of a run, and its tokens."""
+def sample(
+    worker: Worker, request: dict[str, Any], shortest: float, timeout: float = 1800.0
+) -> tuple[float, list[int]]:
+    """Repeat a request for at least `shortest` seconds of its own time: mean seconds of a run, and its tokens.
+
+    Raises:
+        ResourceError: see `Worker.ask`.
+    """
     total, runs = 0.0, 0
     while True:
-        answer = worker.ask(request)
+        answer = worker.ask(request, timeout)
         total, runs = total + answer["seconds"], runs + 1
         if total >= shortest:
-            return total / runs, list(answer["token_ids"])
+            return total / runs, list(answer.get("token_ids", ()))
 
 
 def compare_start(
@@ -154,7 +176,7 @@ def compare_start(
     has_tokenizer = any(entry.path == "tokenizer.json" for entry in manifest.files)
     given: Any = subject.prompt if has_tokenizer else prompt_ids(subject.context, manifest.model.vocab_size)
     prompt = json.dumps(given)
-    commands = {OURS: [ours.START, str(options.artifacts / subject.name), prompt]}
+    commands = {OURS: [ours.START, str(options.artifacts / subject.folder), prompt]}
     source = peer_source(recipe)
     if "transformers" in options.peers:
         if source.is_dir():
@@ -177,15 +199,16 @@ def compare_start(
                 model.open_series(engine, "peak", "bytes").add(peak)
 
 
-def start_once(engine: str, program: list[str]) -> tuple[float, int]:
+def start_once(engine: str, program: list[str], device: str = "cpu", timeout: float | None = None) -> tuple[float, int]:
     """Seconds from process start to first token, and the process's peak memory in bytes.
 
     Raises:
-        ResourceError: it failed.
+        ResourceError: it failed, or took longer than `timeout` seconds.
     """
-    done = run([sys.executable, "-c", *program])
+    done = run([sys.executable, "-c", *program], device=device, timeout=timeout)
     if done.code:
-        raise ResourceError(f"{engine} did not start", f"exit code {done.code}: {tail(done.stderr)}", "")
+        why = f"it was given up after {done.seconds:.0f} s" if done.timed_out else f"exit code {done.code}"
+        raise ResourceError(f"{engine} did not start", f"{why}: {tail(done.stderr)}", "")
     answer = json.loads(done.stdout.splitlines()[-1])
     return answer["first_token"] - done.started, int(answer["peak"])
 
@@ -195,10 +218,13 @@ def peer_source(recipe: Recipe) -> Path:
     return recipe.model_path() if recipe.model.source == "local" else recipe.config_path()
 
 
-def prompt_ids(length: int, vocab_size: int) -> list[int]:
-    """A prompt of token ids, the same for everybody: varied, and without the special tokens at the start."""
+def prompt_ids(length: int, vocab_size: int, row: int = 0) -> list[int]:
+    """A prompt of token ids, the same for everybody: varied, and without the special tokens at the start.
+
+    `row` gives prompts that differ from their first token on.
+    """
     low = min(3, vocab_size - 1)
-    return [low + (7919 * i + 17) % (vocab_size - low) for i in range(length)]
+    return [low + (7919 * (i + 131 * row) + 17) % (vocab_size - low) for i in range(length)]
 
 
 def prefill_length(wanted: int, max_length: int, chunk: int) -> int:

@@ -1,6 +1,7 @@
 """What is measured, and what is to be reached: models by name, with their recipes, sizes of tests, peers and goals.
 
-Data only. Random weights in a real shape need no checkpoint: speed does not depend on the values.
+Data only, this file for the CPU and gpu_subjects.py for GPUs. Random weights in a real shape need no checkpoint: speed
+does not depend on the values.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..artifacts.errors import UsageError
+from .gpu_subjects import GPU_MODELS
 from .results import Goal
+from .workload import Workload
 
 # Keys of goals; goals.py computes their values.
 _ISSUE = "issue 2"
@@ -31,6 +34,7 @@ class Subject:
         generate, prefill: tokens of the tests tg and pp; `peer_…` for a peer too slow for as many.
         stories: the checkpoint is not in the repository; `--stories` says where it is.
         large: left out of quick runs unless named.
+        device: "cpu" or "cuda". workloads: on a GPU, the tests, in place of context, generate and prefill.
     """
 
     name: str
@@ -45,11 +49,25 @@ class Subject:
     peer_prefill: int = 512
     stories: bool = False
     large: bool = False
+    device: str = "cpu"
+    workloads: tuple[Workload, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """The name of the artifact's folder: one per model and device."""
+        return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
+
+    @property
+    def decoding(self) -> tuple[int, int]:
+        """Context and tokens of the first decoding test."""
+        first = next((w for w in self.workloads if w.phase == "decode"), None)
+        return (first.context, first.tokens) if first else (self.context, self.generate)
 
     def quick(self) -> Subject:
         """The same with fewer tokens, to see that everything works."""
         return replace(
-            self, generate=min(self.generate, 32), prefill=min(self.prefill, 128),
+            self, workloads=tuple(w.quick() for w in self.workloads),
+            generate=min(self.generate, 32), prefill=min(self.prefill, 128),
             peer_generate=min(self.peer_generate, 32), peer_prefill=min(self.peer_prefill, 128),
         )  # fmt: skip
 
@@ -89,18 +107,23 @@ SUBJECTS = (
             *_LLAMA_BUILD,
         ),
     ),
+    *(
+        Subject(m.name, f"{m.name}.toml", m.goals, m.settings, device="cuda", workloads=m.workloads, large=m.large)
+        for m in GPU_MODELS
+    ),
 )  # fmt: skip
 
 
-def choose(names: Sequence[str], quick: bool) -> list[Subject]:
+def choose(names: Sequence[str], quick: bool, device: str = "cpu") -> list[Subject]:
     """The subjects of these names in the order asked for; without names all, or all small ones of a quick run.
 
     Raises:
         UsageError: an unknown name.
     """
-    known = {s.name: s for s in SUBJECTS}
+    known = {s.name: s for s in SUBJECTS if s.device == device}
     for name in names:
         if name not in known:
-            raise UsageError(f"there is no model {name!r} to measure", "", f"known ones: {', '.join(known)}")
-    chosen = [known[n] for n in dict.fromkeys(names)] or [s for s in SUBJECTS if not (quick and s.large)]
+            fix = f"known ones for --device {device}: {', '.join(known)}"
+            raise UsageError(f"there is no model {name!r} to measure", "", fix)
+    chosen = [known[n] for n in dict.fromkeys(names)] or [s for s in known.values() if not (quick and s.large)]
     return [s.quick() for s in chosen] if quick else chosen

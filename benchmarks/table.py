@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..artifacts.errors import IngotError, UsageError
-from .goals import bandwidth, in_cache
+from .goals import in_cache, share
 from .results import OURS, Goal, Model, Report, Series
 
 _BUSY = 0.3  # load average per core beyond which somebody else is at work
@@ -20,12 +20,16 @@ _WORDS = {
     "tokens_per_second": ("decode", "tok/s"),
     "start_s": ("start to first token", "s"),
     "read_share": ("share of the read bandwidth", "%"),
+    "matmul_share": ("share of the matmul rate", "%"),
+    "prefill_ms": ("prompt to first token", "ms"),
+    "times gpt-fast": ("decode over gpt-fast", "×"),
     "build_s": ("build time", "s"),
     "build_peak_over_checkpoint": ("build memory over checkpoint", "×"),
 }
+# ms: of a decode step, which is the time per token of each row (TPOT), or of a prompt to its first token (TTFT).
 _SPEED = (
-    *("model", "size", "params", "dtype", "engine", "test", "tok/s", "median", "ms/token"),
-    *("MB/token", "GB/s", "of read"),
+    *("model", "size", "params", "dtype", "engine", "test", "tok/s", "median", "ms"),
+    *("needs", "per second", "of ceiling"),
 )
 
 
@@ -56,16 +60,18 @@ def _heading(report: Report) -> str:
     for one in report.reads:
         reads[one.method] = max(reads.get(one.method, 0.0), one.gb_s)
     best = "; ".join(f"{method}: {gb_s:.1f}" for method, gb_s in reads.items())
+    gpu = f"{machine.gpu}, {_size(machine.gpu_memory_bytes)}; " if machine.gpu else ""
+    products = f"\nMatmul rate: **{report.matmul_tflop_s:.0f} TFLOP/s** (bfloat16)." if report.matmuls else ""
     return (
-        f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads, {' '.join(machine.flags)}; "
+        f"{gpu}{machine.cpu}, {machine.cores} cores, {machine.threads} threads, {' '.join(machine.flags)}; "
         f"L3 {_size(machine.l3_bytes)}, memory {_size(machine.memory_bytes)}; load average before {machine.load:.2f}.\n"
         f"{report.created}; {commit}{versions}.\n"
-        f"Read bandwidth: **{report.read_gb_s:.1f} GB/s** ({best})."
+        f"Read bandwidth: **{report.read_gb_s:.1f} GB/s** ({best}).{products}"
     )
 
 
 def speed_table(report: Report, models: Sequence[Model]) -> str:
-    """One row per engine and test: mean ± sd and median of the rate, and for ours what is read and the ratio."""
+    """One row per engine and test: mean ± sd and median of the rate, what a step needs, its share of the ceiling."""
     rows, peers = [], _peers(models)
     for model in models:
         for series in model.series:
@@ -75,19 +81,19 @@ def speed_table(report: Report, models: Sequence[Model]) -> str:
 
 
 def _speed_row(report: Report, model: Model, series: Series, peers: Sequence[str]) -> list[str]:
-    mine, decode = series.engine == OURS, series.test.startswith("tg")
+    mine, limits = series.engine == OURS, report.limits(model.device)
     facts = ["", "", ""]
-    if mine and decode:
-        read = bandwidth(model)
-        share = f"{read / report.read_gb_s:.0%}" if report.read_gb_s else ""
-        if in_cache(model, report.machine.l3_bytes):
-            share = "in cache"
-        facts = [f"{model.traffic.total / 1e6:.1f}", f"{read:.1f}", share]
-    found = {r.peer: f"{r.median:.1f}" for r in model.ratios if mine and r.test == series.test and r.samples}
+    if series.flops:
+        facts = [f"{series.flops / 1e12:.2f} TFLOP", f"{series.tflop_s:.1f} TFLOP"]
+    elif series.read_bytes:
+        facts = [f"{series.read_bytes / 1e6:.1f} MB", f"{series.gb_s:.1f} GB"]
+    part = share(series, limits)
+    facts = [*facts[:2], "in cache" if in_cache(series, limits) else f"{part:.0%}" if part else ""]
+    found = {r.peer: f"{r.median:.2f}" for r in model.ratios if mine and r.test == series.test and r.samples}
     facts += [found.get(peer, "") for peer in peers]
     kind = model.scheme if mine and model.scheme not in ("", "none") else model.dtype
     size = _size(model.weights_bytes if mine else model.checkpoint_bytes)
-    time = f"{1000 / series.median:.3f}" if decode and series.median else ""
+    time = f"{1000 / series.steps_per_second:.3f}" if series.steps_per_second else ""
     rate = f"{series.mean:.2f} ± {series.sd:.2f}"
     identity = [model.name, size, _count(model.parameters), kind, series.engine, series.test]
     return [*identity, rate, f"{series.median:.2f}", time, *facts]
@@ -133,22 +139,27 @@ def build_table(models: Sequence[Model]) -> str:
 
 
 def goal_table(models: Sequence[Model]) -> str:
-    """One row per goal: reached or not."""
+    """One row per goal: reached or not, first and then."""
     rows = []
     for model in models:
         for goal in model.goals:
+            what, target, then, value = _goal_words(goal)
             reached = ("yes" if goal.reached else "no") if goal.known else "not measured"
-            what, target, value = _goal_words(goal)
-            rows.append([model.name, what, target, value, reached, goal.source])
-    return markdown(("model", "goal", "target", "measured", "reached", "from"), rows, "llrrll")
+            reached_then = ("yes" if goal.reached_then else "no") if goal.known and goal.then else ""
+            rows.append([model.name, what, goal.test, target, value, reached, then, reached_then, goal.source])
+    names = ("model", "goal", "test", "first", "measured", "reached", "then", "reached", "from")
+    return markdown(names, rows, "lllrrlrll")
 
 
-def _goal_words(goal: Goal) -> tuple[str, str, str]:
+def _goal_words(goal: Goal) -> tuple[str, str, str, str]:
+    """What, first target, second target, value."""
     words, unit = _WORDS.get(goal.what, (goal.what, ""))
     factor, digits = (100.0, 0) if unit == "%" else (1.0, 3 if unit in ("ms", "s") and goal.target < 10 else 1)
+    digits = 2 if unit == "×" else digits
     relation = "≤" if goal.relation == "<=" else "≥"
     value = f"{goal.value * factor:.{digits}f} {unit}" if goal.known else ""
-    return words, f"{relation} {goal.target * factor:g} {unit}", value
+    then = f"{relation} {goal.then * factor:g} {unit}" if goal.then else ""
+    return words, f"{relation} {goal.target * factor:g} {unit}", then, value
 
 
 def markdown(names: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:

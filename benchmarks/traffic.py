@@ -1,4 +1,4 @@
-"""How many bytes a decode step has to read: the denominator of every claim about bandwidth.
+"""How many bytes a decode step has to read, and how much a prefill has to compute: the useful work of every share.
 
 Counted from the manifest and the weights' shapes, not measured. A table that a step only looks up (an embedding that
 is not also the LM head, a table over positions) counts with one row. For mixtures of experts this is an upper bound:
@@ -60,21 +60,17 @@ def cache_bytes(cache: KVCache, contexts: Sequence[int]) -> int:
     return round(total / len(contexts))
 
 
-def step_bytes(manifest: Manifest, tensors: Mapping[str, Facts], contexts: Sequence[int]) -> Traffic:
-    """Bytes read per token at batch 1.
+def step_bytes(manifest: Manifest, tensors: Mapping[str, Facts], contexts: Sequence[int], batch: int = 1) -> Traffic:
+    """Bytes that a decode step of `batch` rows reads: the weights once, rows of tables and the cache for each row.
 
     Args:
         tensors: shape and dtype of every tensor in the weights files, by name.
-        contexts: for each step of the run, how many tokens its attention sees.
+        contexts: for each step of the run, how many tokens the attention of a row sees.
 
     Raises:
         VerificationError: no decode engine, or it binds a weight that the files do not hold.
     """
-    names = sorted({c.weight for c in decode_engine(manifest).constants})
-    if missing := [n for n in names if n not in tensors]:
-        raise VerificationError(
-            f"{manifest.name} lacks {missing[0]!r}", "an engine binds that weight", "build it again"
-        )
+    names = _bound(manifest, tensors)
     tables = looked_up(names, tensors, manifest.model.vocab_size)
     rows = 0
     for name in tables:
@@ -82,4 +78,34 @@ def step_bytes(manifest: Manifest, tensors: Mapping[str, Facts], contexts: Seque
         # Position tables may carry leading dimensions of 1.
         rows += tensor_bytes(tensors[name]) // next((n for n in shape if n > 1), 1)
     weights = sum(tensor_bytes(tensors[n]) for n in names if n not in tables)
-    return Traffic(weights, rows, cache_bytes(manifest.kv_cache, contexts))
+    return Traffic(weights, batch * rows, batch * cache_bytes(manifest.kv_cache, contexts))
+
+
+def prefill_flops(manifest: Manifest, tensors: Mapping[str, Facts], tokens: int, query_heads: int) -> int:
+    """Operations that a prompt of so many tokens takes up to its first token, a multiply-add being two.
+
+    Every matrix over every token, but the LM head over the last token alone, and attention over the pairs of tokens
+    that see each other, within a window where there is one. Raises VerificationError as `step_bytes`.
+    """
+    names = _bound(manifest, tensors)
+    tables = looked_up(names, tensors, manifest.model.vocab_size)
+    total = 0
+    for name in names:
+        shape = tensors[name][0]
+        if len(shape) >= 2 and name not in tables:
+            total += 2 * math.prod(shape) * (1 if shape[0] == manifest.model.vocab_size else tokens)
+    for layer in manifest.kv_cache.layers:
+        window = min(layer.window or tokens, tokens)
+        pairs = window * (window + 1) // 2 + (tokens - window) * window
+        total += 2 * query_heads * (layer.key[1] + layer.value[1]) * pairs
+    return total
+
+
+def _bound(manifest: Manifest, tensors: Mapping[str, Facts]) -> list[str]:
+    """The weights that decoding binds, each once."""
+    names = sorted({c.weight for c in decode_engine(manifest).constants})
+    if missing := [n for n in names if n not in tensors]:
+        raise VerificationError(
+            f"{manifest.name} lacks {missing[0]!r}", "an engine binds that weight", "build it again"
+        )
+    return names

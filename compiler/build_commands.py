@@ -96,7 +96,9 @@ def families(args: argparse.Namespace) -> int:
     with open_progress(args.json) as progress, quiet_libraries(not args.debug):
         from .families import run
 
-        rows: list[dict[str, Any]] = run(args.names, progress=progress, compile_engines=not args.eager)
+        rows: list[dict[str, Any]] = run(
+            args.names, progress=progress, compile_engines=not args.eager, device=args.device
+        )
     if unknown := set(args.names) - {row.get("family") for row in rows}:
         raise UsageError(f"there is no family {min(unknown)!r}", "recipes/families.toml lists them", "correct the name")
     if args.json:

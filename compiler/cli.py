@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     bisect.add_argument("--plant", metavar="FAULT", help="put a known fault into the pipeline first, to see it found")
     families = command("families", "compare model families with transformers, token by token")
     families.add_argument("names", nargs="*", metavar="FAMILY", help="default: all")
+    families.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what the engines are compiled for")
     families.add_argument("--eager", action="store_true", help="run the graphs without compiling them: faster")
     return parser
 

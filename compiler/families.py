@@ -6,11 +6,10 @@ anywhere else knows one of them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +20,17 @@ import torch
 from ..artifacts.errors import IngotError, UnsupportedModelError, UsageError
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import OpenArtifact
-from ..runtime import LLM, SamplingParams
+from ..runtime import LLM
+from ..runtime.complete import greedy_tokens
 from .builder import build
 from .console import Progress, SilentProgress
 from .eager_engines import EagerGroup
+from .gate import run_child
 from .load_model import make_config
 from .model_weights import open_weights
 from .plan import make_plan
 from .recipe import Recipe
-from .recipe_sections import Gate, ModelSource, Shapes
+from .recipe_sections import Gate, ModelSource, Shapes, Target
 from .record import planned_manifest
 
 SUBJECTS = Path(__file__).resolve().parent.parent / "recipes" / "families.toml"
@@ -84,7 +85,9 @@ def save_random_model(config: dict[str, Any], folder: Path, seed: int = 0) -> to
     return model
 
 
-def recipe_for(folder: Path, name: str, source: Literal["local", "random"] = "local") -> Recipe:
+def recipe_for(
+    folder: Path, name: str, source: Literal["local", "random"] = "local", device: Literal["cpu", "cuda"] = "cpu"
+) -> Recipe:
     """Few engines in float32: a batch of four, and a chunk of 16 tokens."""
     return Recipe(
         name=name,
@@ -93,27 +96,33 @@ def recipe_for(folder: Path, name: str, source: Literal["local", "random"] = "lo
             decode_batch_sizes=(4,), prefill_lengths=(CHUNK,), kv_block_size=8, kv_cache_tokens=4 * MAX_LENGTH
         ),
         gate=Gate(prompts=("",) * 3, max_tokens=16),
+        target=Target(device=device, autotune=False),
         file=folder / "recipe.toml",
         model_folder=folder if source == "local" else None,
     )
 
 
-@contextlib.contextmanager
-def compiled(recipe: Recipe, output: Path) -> Iterator[LLM]:
-    """The recipe built into an artifact."""
-    build(recipe, output, progress=SilentProgress())
-    with LLM(output) as llm:
-        yield llm
+Tokens = list[list[int]]
 
 
-@contextlib.contextmanager
-def eager(recipe: Recipe, root: Path) -> Iterator[LLM]:
-    """The recipe's planned graphs without compiling them."""
+def compiled(recipe: Recipe, root: Path, prompts: Tokens) -> tuple[Tokens, Tokens]:
+    """Tokens of the recipe built into an artifact, from a lean process: each prompt alone, and all in one batch."""
+    build(recipe, root, progress=SilentProgress())
+    request, result = root.parent / "request.json", root.parent / "result.json"
+    request.write_text(json.dumps({"artifact": str(root), "prompts": prompts, "tokens": NEW_TOKENS}))
+    run_child("ingot.runtime.complete", str(request), str(result))
+    alone, batched = json.loads(result.read_text())
+    return alone, batched
+
+
+def eager(recipe: Recipe, root: Path, prompts: Tokens) -> tuple[Tokens, Tokens]:
+    """Tokens of the recipe's planned graphs without compiling them."""
+    root.mkdir()
     plan, model = make_plan(recipe, SilentProgress())
     weights = open_weights(model, plan.folder, recipe.model.dtype, recipe.model.seed)
     manifest: Manifest = planned_manifest(plan, weights, root)
     with LLM(OpenArtifact(root, manifest), engine_group=EagerGroup(plan.graphs, weights.load)) as llm:
-        yield llm
+        return greedy_tokens(llm, prompts, NEW_TOKENS)
 
 
 def expected(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -129,7 +138,9 @@ def expected(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[l
     return found
 
 
-def try_family(subject: Subject, compile_engines: bool = True) -> dict[str, Any]:
+def try_family(
+    subject: Subject, compile_engines: bool = True, device: Literal["cpu", "cuda"] = "cpu"
+) -> dict[str, Any]:
     """One row of the table.
 
     Returns:
@@ -145,12 +156,8 @@ def try_family(subject: Subject, compile_engines: bool = True) -> dict[str, Any]
         model = save_random_model(subject.config, folder)
         rng = np.random.default_rng(5)
         prompts = [rng.integers(3, subject.config["vocab_size"], n).tolist() for n in PROMPT_LENGTHS]
-        if not compile_engines:
-            root.mkdir()
-        with (compiled if compile_engines else eager)(recipe_for(folder, name), root) as llm:
-            params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-            alone = [llm.generate([p], params)[0].outputs[0].token_ids for p in prompts]
-            batched = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
+        recipe = recipe_for(folder, name, device=device)
+        alone, batched = (compiled if compile_engines else eager)(recipe, root, prompts)
         want = expected(model, prompts)
     row |= {"prompts": len(prompts), "tokens": sum(map(len, want))}
     row |= {"alone": _agreeing(want, alone), "batched": _agreeing(want, batched)}
@@ -178,7 +185,13 @@ def _agreeing(want: Sequence[Sequence[int]], have: Sequence[Sequence[int]]) -> i
     return count
 
 
-def run(names: Sequence[str] = (), *, progress: Progress, compile_engines: bool = True) -> list[dict[str, Any]]:
+def run(
+    names: Sequence[str] = (),
+    *,
+    progress: Progress,
+    compile_engines: bool = True,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> list[dict[str, Any]]:
     """The table for all families, or those named."""
     rows = []
     chosen = subjects(names)
@@ -186,7 +199,7 @@ def run(names: Sequence[str] = (), *, progress: Progress, compile_engines: bool 
         for subject in chosen:
             progress.update(subject.name, advance=1)
             try:
-                rows.append(try_family(subject, compile_engines))
+                rows.append(try_family(subject, compile_engines, device))
             except IngotError as error:
                 rows.append(
                     {

@@ -88,3 +88,4 @@ class Target:
 
     device: Literal["cpu", "cuda"] = "cpu"
     isa: Literal["native", "portable"] = "native"
+    autotune: bool = True

@@ -1,6 +1,7 @@
 """Writes the weights of an artifact as safetensors, one tensor at a time, and never more than one in memory.
 
-The header is known before any value: shapes and dtypes come from the graphs. Data starts at a multiple of 64 bytes.
+The header is known before any value: shapes and dtypes come from the graphs. Every tensor starts at a multiple of 256
+bytes; where sizes are odd, tensors named `ingot_padding_…` fill the gaps.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from ..artifacts.errors import ResourceError
 
 SHARD_BYTES = 4 << 30
+# Where tensors start in the file, in bytes: a device that maps or copies it whole can load them as vectors.
+_ALIGNMENT = 256
 _DTYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
     torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.float64: "F64",
@@ -69,9 +72,16 @@ def write_weights(folder: Path, specs: Mapping[str, Spec], evaluate: Callable[[s
 def _write_shard(path: Path, specs: Mapping[str, Spec], evaluate: Callable[[str], torch.Tensor]) -> None:
     header: dict[str, object] = {}
     offset = 0
-    # Large tensors first, so that every tensor starts aligned to its own element size.
-    ordered = sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n))
-    for name in ordered:
+    paddings: dict[str, int] = {}  # behind which tensor how many bytes
+    # Tensors of odd sizes last: the format allows no gaps, so what aligns the next one must be a tensor itself.
+    ordered = sorted(specs, key=lambda n: (specs[n].nbytes % _ALIGNMENT != 0, n))
+    for before, name in zip((None, *ordered), ordered):
+        if before is not None and (odd := -offset % _ALIGNMENT):
+            paddings[before] = odd
+            header[f"ingot_padding_{len(paddings)}"] = {
+                "dtype": "U8", "shape": [odd], "data_offsets": [offset, offset + odd],
+            }  # fmt: skip
+            offset += odd
         spec = specs[name]
         header[name] = {
             "dtype": _DTYPES[spec.dtype],
@@ -80,7 +90,7 @@ def _write_shard(path: Path, specs: Mapping[str, Spec], evaluate: Callable[[str]
         }
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 64)
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
@@ -90,5 +100,6 @@ def _write_shard(path: Path, specs: Mapping[str, Spec], evaluate: Callable[[str]
                 raise ValueError(f"weight {name} is {value.dtype}{tuple(value.shape)}, the graph wants {specs[name]}")
             if value.numel():
                 value.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+            file.write(bytes(paddings.get(name, 0)))
         file.flush()
         os.fsync(file.fileno())

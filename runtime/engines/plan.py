@@ -152,8 +152,8 @@ class PlanGroup:
             needed = (cache.max_blocks + 1) * block_bytes
             raise ResourceError(
                 f"the GPU has no room for the KV cache of one sequence of {manifest.model.max_length} tokens",
-                f"that takes {_gb(needed)}; of {_gb(total)}, {_gb(total - free)} are in use and"
-                f" gpu_memory_utilization={self._utilization} lets {_gb(self._utilization * total)} be used",
+                f"that takes {_size(needed)}; of {_size(total)}, {_size(total - free)} are in use and"
+                f" gpu_memory_utilization={self._utilization} lets {_size(self._utilization * total)} be used",
                 "raise gpu_memory_utilization, stop what else uses the GPU (see nvidia-smi), or build with a smaller"
                 " max_length",
             )
@@ -169,9 +169,9 @@ class PlanGroup:
         free, total = self._driver.memory_info()
         if (needed := weights + buffers + smallest) > free:
             raise ResourceError(
-                f"the GPU has too little free memory: {_gb(needed)} are needed, {_gb(free)} of {_gb(total)} are free",
-                f"weights {_gb(weights)}, engines {_gb(buffers)}, KV cache of one sequence {_gb(smallest)};"
-                f" {_gb(total - free)} are in use, by this process or others",
+                f"the GPU has too little free memory: {_size(needed)} are needed, {_size(free)} of {_size(total)} free",
+                f"weights {_size(weights)}, engines {_size(buffers)}, KV cache of one sequence {_size(smallest)};"
+                f" {_size(total - free)} are in use, by this process or others",
                 "stop what else uses the GPU (see nvidia-smi), or take a GPU with more memory",
             )
 
@@ -219,5 +219,5 @@ def load(artifact: OpenArtifact, gpu_memory_utilization: float = 0.9, phases: Ph
     return PlanGroup(artifact, gpu_memory_utilization, phases=phases)
 
 
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

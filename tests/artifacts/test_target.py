@@ -46,7 +46,7 @@ def test_this_machine_fits_itself() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"device": "cuda"}, ["cuda"]),
+        ({"device": "npu"}, ["npu", "cpu and cuda"]),
         ({"system": "darwin"}, ["darwin", "linux"]),
         ({"machine": "aarch64"}, ["aarch64", "x86_64"]),
         ({"isa": ("avx2", "amx_tile", "avx512f")}, ["amx_tile, avx512f"]),

@@ -14,7 +14,7 @@ def model() -> Model:
     made.traffic = Traffic(100_000_000, 1000, 499_000)
     made.build = Build(12.5, 4_500_000, 4_000_000, False, {"gate": 1.5})
     for ours, theirs in ((40.0, 10.0), (20.0, 5.0), (44.0, 22.0)):
-        made.open_series("ingot", "tg128", "tok/s").add(ours)
+        made.open_series("ingot", "tg128", "tok/s", 1, made.traffic.total).add(ours)
         made.open_series("peer", "tg8", "tok/s").add(theirs)
     for ours, theirs in ((0.5, 3.0), (0.4, 2.0)):
         made.open_series("ingot", "start", "s").add(ours)

@@ -17,7 +17,7 @@ from ingot.artifacts.errors import ResourceError, UsageError
 from ingot.benchmarks import __main__ as command
 from ingot.benchmarks import bandwidth, builds, children, run, subjects
 from ingot.benchmarks.goals import values
-from ingot.benchmarks.results import Build, Model, Report
+from ingot.benchmarks.results import Build, Limits, Model, Report
 from ingot.compiler.recipe import Recipe
 
 from .hand_made import manifest
@@ -25,7 +25,10 @@ from .hand_made import manifest
 STORIES = "stories260k"
 
 
-@pytest.mark.parametrize("subject", subjects.SUBJECTS, ids=lambda s: s.name)
+CPU = [s for s in subjects.SUBJECTS if s.device == "cpu"]
+
+
+@pytest.mark.parametrize("subject", CPU, ids=lambda s: s.name)
 def test_every_subject_has_a_sound_recipe_and_goals_that_can_be_measured(
     subject: subjects.Subject, tmp_path: Path, model: Model
 ) -> None:
@@ -35,12 +38,12 @@ def test_every_subject_has_a_sound_recipe_and_goals_that_can_be_measured(
     assert 1 in recipe.shapes.decode_batch_sizes
     assert subject.context + subject.generate < recipe.model.max_length
     assert run.peer_source(recipe).exists()
-    assert {goal.what for goal in subject.goals} <= set(values(model, 8.0, 1000))
+    assert {goal.what for goal in subject.goals} <= set(values(model, Limits(8.0, 0.0, 1000)))
 
 
 def test_choice() -> None:
     assert [s.name for s in subjects.choose(["demo", STORIES, "demo"], False)] == ["demo", STORIES]
-    assert subjects.choose([], False) == list(subjects.SUBJECTS)
+    assert subjects.choose([], False) == CPU
     quick = subjects.choose([], True)
     assert [s.name for s in quick] == [STORIES, "demo", "demo-int8"]
     assert all(s.generate == 32 for s in quick)
@@ -100,9 +103,10 @@ def test_figures_of_another_build_are_not_shown(built: tuple[Recipe, Path]) -> N
     _, folder = built
     made = manifest(())
     kept = {"manifest": made.digest(), "seconds": 2.5, "peak_bytes": 7, "largest_process_bytes": 5, "stages": {}}
+    kept["cold"] = True
     record = folder.with_name("built.build.json")
     record.write_text(json.dumps(kept))
-    assert builds._kept(folder, made) == Build(2.5, 7, 5, True, {})
+    assert builds._kept(folder, made) == Build(2.5, 7, 5, True)
     assert builds._kept(folder, replace(made, name="other")) == Build(reused=True)
     record.write_text("[]")
     assert builds._kept(folder, made) == Build(reused=True)
@@ -114,6 +118,20 @@ def test_a_child_is_run_to_its_end() -> None:
     assert (done.code, done.stdout, done.stderr) == (3, "out\n", "err\n")
     assert 80 << 20 <= done.largest_process_bytes <= done.peak_bytes
     assert done.started <= time.monotonic()
+    assert not done.timed_out
+
+
+def test_a_child_that_takes_too_long_is_ended_with_what_it_started() -> None:
+    code = "import subprocess, time; subprocess.Popen(['sleep', '600']); print('up', flush=True); time.sleep(600)"
+    done = children.run([sys.executable, "-c", code], timeout=1.0)
+    assert done.timed_out and done.code == -9 and done.seconds < 60
+    assert done.stdout == "up\n"
+
+
+def test_gpus_are_hidden_from_what_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert children.environment()["CUDA_VISIBLE_DEVICES"] == ""
+    assert children.environment(device="cuda")["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_memory_of_a_session_counts_this_process() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ingot.artifacts.errors import UsageError
-from ingot.benchmarks.results import Report, Series, pairwise
+from ingot.benchmarks.results import Limits, Matmul, Report, Series, pairwise
 
 RATES = st.lists(st.floats(0.01, 1e5), min_size=1, max_size=12)
 
@@ -71,7 +71,7 @@ def test_round_trip(report: Report, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (lambda d: d.update(schema_version=2), "schema_version"),
+        (lambda d: d.update(schema_version=3), "schema_version"),
         (lambda d: d.pop("machine"), "machine"),
         (lambda d: d["models"][0]["series"][0].update(samples=["fast"]), r"models\[0\]\.series\[0\]\.samples\[0\]"),
         (lambda d: d["models"][0]["series"][0].update(unit="furlongs"), r"models\[0\]\.series\[0\]\.unit"),
@@ -83,6 +83,26 @@ def test_what_is_no_report_is_refused_by_field(report: Report, change: object, f
     change(data)  # type: ignore[operator]
     with pytest.raises(UsageError, match=field):
         Report.from_json(json.dumps(data), "x.json")
+
+
+def test_steps_bytes_and_operations_follow_from_the_rate() -> None:
+    decode = Series("ingot", "tg128 @ d1024 b8", "tok/s", 8, read_bytes=2 * 10**9)
+    prefill = Series("ingot", "pp512", "tok/s", 512, flops=10**12)
+    for rate in (800.0, 700.0, 900.0):
+        decode.add(rate)
+        prefill.add(64 * rate)
+    assert decode.steps_per_second == 100
+    assert decode.gb_s == 200
+    assert prefill.steps_per_second == 100
+    assert prefill.tflop_s == 100
+    assert Series("ingot", "start", "s").steps_per_second == 0
+
+
+def test_the_matmul_rate_is_the_best_one_and_the_cache_that_of_the_device(report: Report) -> None:
+    assert report.limits("cpu") == Limits(8.0, 0.0, 32 << 20)
+    report.add_matmuls([Matmul("a", 700.0), Matmul("b", 780.0)])
+    report.machine.gpu_l2_bytes = 50 << 20
+    assert report.limits("cuda") == Limits(8.0, 780.0, 50 << 20)
 
 
 def test_the_ceiling_is_the_best_of_all_passes(report: Report) -> None:

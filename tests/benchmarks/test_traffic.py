@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ingot.artifacts.errors import VerificationError
 from ingot.artifacts.manifest import CacheLayer, KVCache
-from ingot.benchmarks.traffic import Facts, cache_bytes, decode_engine, looked_up, step_bytes
+from ingot.benchmarks.traffic import Facts, cache_bytes, decode_engine, looked_up, prefill_flops, step_bytes
 
 from .hand_made import HIDDEN, VOCABULARY, manifest
 
@@ -44,6 +44,30 @@ def test_untied_embedding_counts_with_one_row() -> None:
     assert traffic.weights == 100 * 8 + 100 * 4
     assert traffic.rows == 8 * 2
     assert traffic.cache == 0
+
+
+def test_rows_share_the_weights_and_nothing_else() -> None:
+    tensors: dict[str, Facts] = {
+        "model__embed_tokens__weight": (TABLE, "bfloat16"),
+        "lm_head__weight": (TABLE, "bfloat16"),
+    }
+    one = step_bytes(manifest(tuple(tensors), (FULL,)), tensors, [10])
+    many = step_bytes(manifest(tuple(tensors), (FULL,)), tensors, [10], batch=8)
+    assert (many.weights, many.rows, many.cache) == (one.weights, 8 * one.rows, 8 * one.cache)
+
+
+def test_a_prefill_computes_the_head_once_and_attends_to_what_it_sees() -> None:
+    tensors: dict[str, Facts] = {
+        "model__embed_tokens__weight": (TABLE, "bfloat16"),
+        "lm_head__weight": (TABLE, "bfloat16"),
+        "down": ((8, 32), "bfloat16"),
+        "norm": ((8,), "bfloat16"),
+    }
+    made = manifest(tuple(tensors), (FULL, WINDOWED))
+    products = 2 * 8 * 32 * 20 + 2 * 100 * 8
+    # Tokens see 1 to 20 tokens; with a window of 10 the first ten see 1 to 10, the others 10. 3 heads, 8 + 4 wide.
+    assert prefill_flops(made, tensors, 20, 3) == products + 2 * 3 * 12 * 210 + 2 * 3 * 12 * (55 + 100)
+    assert prefill_flops(made, tensors, 1, 3) == 2 * 8 * 32 + 2 * 100 * 8 + 2 * (2 * 3 * 12)
 
 
 def test_a_weight_bound_twice_is_read_once() -> None:

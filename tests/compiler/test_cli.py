@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from ingot.artifacts.store import ArtifactWriter
 from ingot.compiler import artifact_commands, cli, console
 from ingot.runtime import CompletionOutput, RequestOutput, SamplingParams
 from ingot.runtime.outputs import RequestMetrics
+from ingot.runtime.phases import Phases
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/manifest-v1.json"
@@ -308,9 +310,12 @@ class FakeLLM:
     """Stands in for ingot.runtime.LLM: says what it was asked."""
 
     calls: list[tuple[str, Any, SamplingParams]] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
     pieces: tuple[str, ...] = ("Once", " more", "\x1b[2J")
 
-    def __call__(self, path: Path) -> FakeLLM:
+    def __call__(self, path: Path, phases: Phases, **options: Any) -> FakeLLM:
+        self.options = options
+        phases.mark("engines")
         return self
 
     def __enter__(self) -> FakeLLM:
@@ -349,7 +354,15 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> FakeLLM:
 def test_run_streams(run: Run, llm: FakeLLM) -> None:
     code, out, err = run("run", "x", "hello", "--timings")
     assert (code, out) == (0, "Once more\x1b[2J\n")
-    assert err == "1 prompt tokens, 2 tokens, ttft 12.0 ms, tpot 0.500 ms, 2000.0 tokens/s\n"
+    *phases, rates = err.splitlines()
+    assert rates == "1 prompt tokens, 2 tokens, ttft 12.0 ms, tpot 0.500 ms, 2000.0 tokens/s"
+    names = [re.split(r"  +", line.strip())[0] for line in phases]
+    assert names == [
+        "process start to first token", "python, imports", "engines", "tokenizer, prompt", "prefill, first token",
+    ]  # fmt: skip
+    seconds = [float(line.split()[-2]) for line in phases]
+    assert seconds[0] == pytest.approx(sum(seconds[1:]), abs=0.005)
+    assert seconds[-1] == 0.012
     assert llm.calls == [("stream", "hello", SamplingParams(temperature=0.7, top_k=5, max_tokens=128))]
 
 
@@ -361,9 +374,10 @@ def test_run_on_a_terminal_shows_no_escape_sequences(run: Run, llm: FakeLLM, mon
 def test_run_passes_every_flag_on(run: Run, llm: FakeLLM) -> None:
     given = {"max-tokens": 3, "temperature": 0, "top-p": 0.5, "top-k": 2, "min-p": 0.1, "seed": 9}
     flags = [*(f"--{name}={value}" for name, value in given.items()), "--stop", "a", "--stop", "b"]
+    flags += ["--gpu-memory-utilization", "0.5"]
     assert run("run", "x", "hello", "--no-stream", *flags)[0] == 0
     kind, prompt, params = llm.calls[0]
-    assert (kind, prompt) == ("generate", "hello")
+    assert (kind, prompt, llm.options) == ("generate", "hello", {"gpu_memory_utilization": 0.5})
     assert params == SamplingParams(max_tokens=3, temperature=0, top_p=0.5, top_k=2, min_p=0.1, seed=9, stop=["a", "b"])
 
 
@@ -372,6 +386,7 @@ def test_run_json_is_one_object(run: Run, llm: FakeLLM) -> None:
     facts = json.loads(out)
     assert (facts["text"], facts["token_ids"], facts["finish_reason"]) == ("Once more\x1b[2J", [1, 2], "length")
     assert facts["metrics"]["ttft_ms"] == 12.0
+    assert facts["phases"][-1] == {"name": "prefill, first token", "seconds": 0.012, "nbytes": 0}
 
 
 def test_run_chat(run: Run, llm: FakeLLM) -> None:

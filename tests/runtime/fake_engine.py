@@ -179,7 +179,8 @@ def fake_manifest(
     shapes = [("decode", batch, 1) for batch in batches] + [("prefill", 1, chunk) for chunk in chunks]
     names = [f"decode-b{batch}" for batch in batches] + [f"prefill-c{chunk}" for chunk in chunks]
     engines = tuple(
-        EngineEntry(name, "aoti", *shape, file, (), outputs, (), (), 0) for name, shape in zip(names, shapes, strict=True)
+        EngineEntry(name, "aoti", *shape, file, (), outputs, (), (), 0)
+        for name, shape in zip(names, shapes, strict=True)
     )
     here = host_target()
     return Manifest(

@@ -6,12 +6,11 @@ gets its arena and its `plan.json`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ....artifacts.errors import IngotError, ResourceError
 from ....artifacts.kernel_plan import (
@@ -29,7 +28,7 @@ from . import arena
 from .buffers import Argument, Region, Scalar
 from .inductor import wrap
 from .kernels import Compiled, KernelStore
-from .lower import Choose, Lowered, Lowerer
+from .lower import Call, Choose, Lowered, Lowerer
 from .program import make_program
 
 OUTPUTS = ("next_tokens", "logits", "sampled_logits")
@@ -68,18 +67,24 @@ def compile_engines(
     choose: Choose = first_candidate,
     store: KernelStore | None = None,
     progress: Callable[[str], None] = lambda name: None,
+    prepare: Callable[[list[Call]], None] | None = None,
 ) -> dict[str, EngineFiles]:
     """Compile planned graphs into `root`/engines: NAME.plan.json each, and the cubins they share.
+
+    Args:
+        choose: the configuration of one call; prepare: told of all calls of all engines before the first is asked for.
 
     Raises:
         UnsupportedModelError: a graph calls an op without a CUDA kernel. ResourceError: the compiler failed.
     """
     store = store or KernelStore()
-    served = providers()
+    lowerers = {name: _prepare(name, traced, store, choose) for name, traced in graphs.items()}
+    if prepare is not None:
+        prepare([call for make in lowerers.values() for call in make().survey()])
     lowered: dict[str, Lowered] = {}
-    for name, traced in graphs.items():
+    for name, make in lowerers.items():
         progress(name)
-        lowered[name] = _lower(name, traced, served, store, choose)
+        lowered[name] = _lower(name, make())
     reserved = max(arena.zeroed_bytes(engine.buffers) for engine in lowered.values())
     folder = root / KERNELS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,11 +101,29 @@ def compile_engines(
     return found
 
 
-def _lower(name: str, traced: TracedGraph, served: Mapping[Any, Any], store: KernelStore, choose: Choose) -> Lowered:
-    try:
+def _prepare(name: str, traced: TracedGraph, store: KernelStore, choose: Choose) -> Callable[[], Lowerer]:
+    """Let Inductor make its kernels; returns what makes lowerers of the result."""
+    served = providers()
+    with _named(name):
         program = make_program(traced, frozenset(served))
-        lowerer = Lowerer(program, wrap(program), served, store, choose, OUTPUTS)
+        wrapped = wrap(program)
+    return lambda: Lowerer(program, wrapped, served, store, choose, OUTPUTS)
+
+
+def _lower(name: str, lowerer: Lowerer) -> Lowered:
+    with _named(name):
         lowered = lowerer.lower()
+    if name.startswith("decode"):
+        bound = {n: lowerer.inputs[n] for n in ("next_tokens", "tokens", "positions")}
+        lowerer.append_lowering(lower_advance(bound["next_tokens"].shape[0]), bound)
+    return lowered
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside a library becomes one error that names the engine."""
+    try:
+        yield
     except IngotError:
         raise
     except Exception as error:
@@ -115,10 +138,6 @@ def _lower(name: str, traced: TracedGraph, served: Mapping[Any, Any], store: Ker
             f"{type(error).__name__}: {first[:500]}",
             "check the versions of torch and triton; --debug shows the whole output",
         ) from error
-    if name.startswith("decode"):
-        bound = {n: lowerer.inputs[n] for n in ("next_tokens", "tokens", "positions")}
-        lowerer.append_lowering(lower_advance(bound["next_tokens"].shape[0]), bound)
-    return lowered
 
 
 def _path(kernel: Compiled) -> str:
@@ -173,8 +192,3 @@ def describe(plan: KernelPlan) -> list[dict[str, Any]]:
         row["launches"] += 1
         row["read_bytes"] += launch.read_bytes
     return list(rows.values())
-
-
-def available() -> bool:
-    """Whether this machine has a GPU that torch can use: to choose configurations by measuring, and for the gate."""
-    return torch.cuda.is_available()

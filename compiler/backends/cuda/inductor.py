@@ -69,9 +69,9 @@ def wrap(program: Program) -> Wrapped:
                 super()._generate_unbacked_symbol_defs(line)
 
     known = {key: value for key, value in _CONFIG.items() if hasattr(config, key)}
-    with config.patch(known), torch.no_grad(), V.set_fake_mode(program.mode):
-        with swapped(wrapper_fxir, "FxConverter", Collect):
-            compile_fx_inner(program.gm, program.examples, fx_wrapper=True, is_inference=True)
+    collecting = swapped(wrapper_fxir, "FxConverter", Collect)
+    with config.patch(known), torch.no_grad(), V.set_fake_mode(program.mode), collecting:
+        compile_fx_inner(program.gm, program.examples, fx_wrapper=True, is_inference=True)
     if len(seen) != 1:
         raise RuntimeError(f"torch {torch.__version__} made {len(seen)} wrapper graphs instead of one")
     return seen[0]

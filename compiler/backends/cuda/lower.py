@@ -12,7 +12,7 @@ from torch import fx
 
 from ....artifacts.errors import ResourceError, UnsupportedModelError
 from ....passes.graph import op_name
-from ....runtime.ops.cuda.spec import Config, KernelCall, Lowering, Operands
+from ....runtime.ops.cuda.spec import Config, Lowering, Operands
 from .buffers import Argument, Buffer, Region, Scalar
 from .inductor import Wrapped
 from .kernels import Compiled, KernelStore
@@ -43,6 +43,15 @@ class Lowered:
     buffers: list[Buffer]  # of the arena
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of an op that has a provider."""
+
+    op: str
+    provider: Any
+    operands: Operands
+
+
 class Lowerer:
     """Walks one wrapper graph.
 
@@ -57,10 +66,23 @@ class Lowerer:
     ) -> None:  # fmt: skip
         self._program, self._wrapped, self._providers = program, wrapped, providers
         self._store, self._choose, self._outputs = store, choose, tuple(outputs)
+        self._survey = False
+        self._written: set[Buffer] = set()
+        self.calls: list[Call] = []
         self._values: dict[fx.Node, Any] = {}
         self.launches: list[Launch] = []
         self.buffers: list[Buffer] = []
         self.inputs: dict[str, Region] = {}
+
+    def survey(self) -> list[Call]:
+        """The calls of ops with a provider, in order, without compiling anything.
+
+        Raises:
+            UnsupportedModelError: as `lower`.
+        """
+        self._survey = True
+        self.lower()
+        return self.calls
 
     def lower(self) -> Lowered:
         """All launches, in order.
@@ -142,8 +164,12 @@ class Lowerer:
             value = given[name]
             if kind.startswith("*"):
                 arguments.append(self._values[value])
+                if not name.startswith("in_ptr"):
+                    self._written.add(self._values[value].buffer)
             else:
                 arguments.append(Scalar(_SCALARS[kind], value))
+        if self._survey:
+            return
         kernel = self._store.add_inductor(tuner)
         self._append(Launch(kernel, grid, tuple(arguments), False, kernel.name, 0))  # type: ignore[arg-type]
 
@@ -161,11 +187,19 @@ class Lowerer:
             like = self._result_of(target, given, bound)
             out = self.region("arena", "", tuple(like.shape), like.dtype)
             bound["out"] = out
-        operands = Operands(operands_, values, {"out": out.spec()} if out else {})
+        stable = frozenset(name for name in operands_ if name in bound and self._is_stable(bound[name].buffer))
+        operands = Operands(operands_, values, {"out": out.spec()} if out else {}, stable)
         provider = self._providers[target]
-        config = self._choose(op_name(node), provider, operands)
-        self.append_lowering(provider.lower(operands, config), bound)
+        self.calls.append(Call(op_name(node), provider, operands))
+        if not self._survey:
+            config = self._choose(op_name(node), provider, operands)
+            self.append_lowering(provider.lower(operands, config), bound)
+        self._written |= {bound[a.name].buffer for a in schema.arguments if a.alias_info and a.name in bound}
         return out
+
+    def _is_stable(self, buffer: Buffer) -> bool:
+        """Whether no launch so far writes it: it was complete before the run began."""
+        return buffer.space != "arena" and buffer not in self._written
 
     @staticmethod
     def _result_of(target: Any, given: Mapping[str, Any], bound: Mapping[str, Region]) -> torch.Tensor:
@@ -183,8 +217,11 @@ class Lowerer:
             made.buffer.zeroed = scratch.zeroed
             regions[name] = made
         for call in lowering.calls:
-            pointers = tuple(regions[operand] for operand in call.pointers.values())
-            kernel = self._store.add(call, [r.dtype for r in pointers], [r.offset % 16 == 0 for r in pointers])
+            given = {parameter: regions[operand] for parameter, operand in call.pointers.items()}
+            kernel = self._store.add(
+                call, [r.dtype for r in given.values()], [r.offset % 16 == 0 for r in given.values()]
+            )
+            pointers = tuple(given[name] for name in call.function.arg_names if name in given)
             self._append(
                 Launch(kernel, call.grid, pointers, call.dependent, call.label or kernel.name, call.read_bytes)
             )
@@ -212,9 +249,3 @@ class Lowerer:
             buffer.space, buffer.name = "output", name
             self.buffers.remove(buffer)
             self.inputs[name] = region
-
-
-def pointer_call(call: KernelCall) -> list[str]:
-    """Names of a call's pointer parameters in the kernel's own order."""
-    order = [n for n in call.function.arg_names if n in call.pointers]
-    return order

@@ -6,11 +6,13 @@ the weights, so that nothing is read from the L2 cache that would not be there i
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +20,13 @@ from typing import Any
 
 import torch
 
+from ....artifacts.errors import ResourceError
 from ....runtime.ops.cuda.spec import Config, Lowering, Operands, TensorSpec
+from .lower import Call
 
 _COLD_BYTES = 256 << 20  # copies of an operand together: several times the L2 cache
-_MOST_COPIES = 24
-_REPLAYS = 5
+_MOST_COPIES = 12
+_REPLAYS = 3
 
 
 @dataclass
@@ -31,10 +35,12 @@ class Tuner:
 
     Attributes:
         cache: a JSON file of earlier choices, read at the start and written by `save`; None keeps nothing.
+        progress: told what is being measured.
         chosen: what was chosen in this build, for the manifest: call -> {"config", "microseconds", "tried"}.
     """
 
     cache: Path | None = None
+    progress: Callable[[str], None] = lambda name: None
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
     _known: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -42,23 +48,32 @@ class Tuner:
         if self.cache is not None and self.cache.is_file():
             self._known = json.loads(self.cache.read_text())
 
-    def __call__(self, op: str, provider: Any, operands: Operands) -> Config:
-        """The configuration for one call."""
-        candidates = provider.candidates(operands)
-        if len(candidates) == 1:
-            return candidates[0]
-        key = _key(op, provider, operands, candidates)
-        name = _name(op, operands)
-        if key not in self._known:
-            times = [measure(provider, operands, config) for config in candidates]
+    def prepare(self, calls: Sequence[Call]) -> None:
+        """Measure every distinct call that is not known yet: all candidates are compiled first, at once."""
+        fresh: dict[str, Call] = {}
+        for call in calls:
+            if len(call.provider.candidates(call.operands)) > 1:
+                fresh.setdefault(_key(call), call)
+        fresh = {key: call for key, call in fresh.items() if key not in self._known}
+        compile_ahead([(c.provider, c.operands, x) for c in fresh.values() for x in c.provider.candidates(c.operands)])
+        for key, call in fresh.items():
+            self.progress(_name(call))
+            candidates = call.provider.candidates(call.operands)
+            times = measure(call.provider, call.operands, candidates)
             best = min(range(len(times)), key=times.__getitem__)
-            if times[best] == float("inf"):
-                return candidates[0]
-            self._known[key] = {
-                "config": dict(candidates[best]), "microseconds": round(times[best], 3), "tried": len(times),
-            }  # fmt: skip
-        self.chosen[name] = self._known[key]
-        return self._known[key]["config"]
+            if times[best] != float("inf"):
+                self._known[key] = {
+                    "config": dict(candidates[best]), "microseconds": round(times[best], 3), "tried": len(times),
+                }  # fmt: skip
+
+    def __call__(self, op: str, provider: Any, operands: Operands) -> Config:
+        """The configuration of one call: the fastest where it was measured, else the provider's first guess."""
+        call = Call(op, provider, operands)
+        known = self._known.get(_key(call))
+        if known is None:
+            return provider.candidates(operands)[0]
+        self.chosen[_name(call)] = known
+        return known["config"]
 
     def save(self) -> None:
         """Write the cache aside and rename it."""
@@ -76,26 +91,29 @@ def default_cache() -> Path:
     return Path(base) / "ingot" / "tuning.json"
 
 
-def _name(op: str, operands: Operands) -> str:
-    shapes = "x".join(str(s) for t in list(operands.tensors.values())[:2] if t for s in t.shape)
-    kinds = ",".join(str(v) for v in operands.values.values() if isinstance(v, str | bool) and v)
+def _name(call: Call) -> str:
+    operands = call.operands
+    shapes = " ".join("x".join(map(str, t.shape)) for t in list(operands.tensors.values())[:2] if t)
+    kinds = ",".join(str(v) for v in operands.values.values() if isinstance(v, str) and v)
     present = "+".join(n for n, t in operands.tensors.items() if t is not None)
-    return f"{op} {shapes} {present} {kinds}"
+    return f"{call.op} {shapes} {present} {kinds}".strip()
 
 
-def _key(op: str, provider: Any, operands: Operands, candidates: list[Config]) -> str:
+def _key(call: Call) -> str:
     import triton
 
+    operands = call.operands
     facts = {
-        "op": op,
+        "op": call.op,
         "tensors": {n: asdict(t) if t else None for n, t in operands.tensors.items()},
-        "values": {n: repr(v) for n, v in operands.values.items()},
-        "candidates": [sorted(c.items()) for c in candidates],
-        "device": torch.cuda.get_device_name(), "triton": triton.__version__, "source": _sources(provider),
+        "values": {n: repr(v) for n, v in operands.values.items()}, "stable": sorted(operands.stable),
+        "candidates": [sorted(c.items()) for c in call.provider.candidates(operands)],
+        "device": torch.cuda.get_device_name(), "triton": triton.__version__, "source": _sources(call.provider),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+@functools.cache
 def _sources(provider: Any) -> str:
     """Digest of the folder the provider's kernels come from: a changed kernel is measured again."""
     digest = hashlib.sha256()
@@ -144,14 +162,25 @@ def launch(lowering: Lowering, bound: Mapping[str, torch.Tensor]) -> None:
         )  # fmt: skip
 
 
-def measure(provider: Any, operands: Operands, config: Config, context: int = 1024) -> float:
-    """Microseconds of one call, infinite where the configuration cannot run; the median of several graph replays."""
-    try:
-        lowering = provider.lower(operands, config)
-        return _time(lowering, operands, context)
-    except (RuntimeError, ValueError, AssertionError, _compile_errors()):
-        torch.cuda.synchronize()
-        return float("inf")
+def measure(provider: Any, operands: Operands, configs: Sequence[Config], context: int = 1024) -> list[float]:
+    """Microseconds of one call by configuration, infinite where one cannot run; the median of several graph replays.
+
+    Args:
+        context: tokens in the cache of every row, for attention.
+    """
+    first = _bindings(operands, context)
+    cold = {n: t for n, t in first.items() if n in ("weight", "k_cache", "v_cache")}
+    nbytes = sum(t.numel() * t.element_size() for t in cold.values()) or _COLD_BYTES
+    copies = max(2, min(_MOST_COPIES, -(-_COLD_BYTES // nbytes) + 1))
+    sets = [{**first, **({n: t.clone() for n, t in cold.items()} if i else {})} for i in range(copies)]
+    times = []
+    for config in configs:
+        try:
+            times.append(_time(provider.lower(operands, config), sets))
+        except (RuntimeError, ValueError, AssertionError, _compile_errors()):
+            torch.cuda.synchronize()
+            times.append(float("inf"))
+    return times
 
 
 def _compile_errors() -> type[Exception]:
@@ -160,22 +189,17 @@ def _compile_errors() -> type[Exception]:
     return TritonError
 
 
-def _time(lowering: Lowering, operands: Operands, context: int) -> float:
-    first = _bindings(operands, context)
-    weights = {n: t for n, t in first.items() if n in ("weight", "k_cache", "v_cache")}
-    nbytes = sum(t.numel() * t.element_size() for t in weights.values()) or _COLD_BYTES
-    copies = max(2, min(_MOST_COPIES, -(-_COLD_BYTES // nbytes) + 1))
+def _time(lowering: Lowering, sets: Sequence[Mapping[str, torch.Tensor]]) -> float:
     scratch = {
         n: (torch.zeros if s.zeroed else torch.empty)(s.shape, dtype=getattr(torch, s.dtype), device="cuda")
         for n, s in lowering.scratch.items()
     }  # fmt: skip
-    sets = [{**first, **scratch, **({n: t.clone() for n, t in weights.items()} if i else {})} for i in range(copies)]
-    launch(lowering, sets[0])
+    launch(lowering, {**sets[0], **scratch})
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for bound in sets:
-            launch(lowering, bound)
+            launch(lowering, {**bound, **scratch})
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graph.replay()
     times = []
@@ -184,23 +208,29 @@ def _time(lowering: Lowering, operands: Operands, context: int) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / copies)
+        times.append(begin.elapsed_time(end) * 1000 / len(sets))
     return statistics.median(times)
 
 
-def compile_ahead(calls: list[tuple[Any, Operands, Config]], workers: int | None = None) -> None:
-    """Compile kernels of many calls at once into Triton's own cache, so that measuring them finds them there."""
+def compile_ahead(calls: Sequence[tuple[Any, Operands, Config]], workers: int | None = None) -> None:
+    """Compile kernels of many calls at once into Triton's own cache, so that measuring them finds them there.
+
+    What does not compile is left for `measure` to find.
+    """
     from .kernels import KernelStore
 
-    store = KernelStore()
+    major, minor = torch.cuda.get_device_capability()
+    store = KernelStore(10 * major + minor)
 
     def one(item: tuple[Any, Operands, Config]) -> None:
         provider, operands, config = item
-        for call in provider.lower(operands, config).calls:
-            named = {**operands.tensors, **operands.outputs}
-            specs = [named.get(operand) for operand in call.pointers.values()]
-            if all(specs):
-                store.add(call, [getattr(torch, s.dtype) for s in specs if s], [s.aligned for s in specs if s])
+        with contextlib.suppress(ResourceError, ValueError):
+            lowering = provider.lower(operands, config)
+            named = {**operands.tensors, **operands.outputs, **lowering.scratch}
+            for call in lowering.calls:
+                specs = [named[operand] for operand in call.pointers.values()]
+                dtypes = [getattr(torch, s.dtype) for s in specs if s]
+                store.add(call, dtypes, [getattr(s, "aligned", True) for s in specs if s])
 
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
         list(pool.map(one, calls))

@@ -98,11 +98,13 @@ def chunk_of_split(
 
 
 @triton.jit
-def prefetch_to_l2(pointers: tl.tensor) -> None:
+def prefetch_rows(rows: tl.tensor, LINES: tl.constexpr, LINE: tl.constexpr) -> None:
+    """Ask for LINES lines of 128 bytes, LINE elements apart, at each of the pointers `rows` [R] to come into L2."""
+    lines = rows[:, None] + tl.arange(0, LINES)[None, :] * LINE
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "prefetch.global.L2 [$1]; // dummy $0",
         "=r,l",
-        [pointers.to(tl.int64)],
+        [lines.to(tl.int64)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

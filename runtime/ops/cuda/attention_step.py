@@ -6,90 +6,85 @@ fall, so that a small batch still fills the GPU; how long the splits are follows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from .attention_operands import WIDTHS, check, padded, power_of_two, shared_constants, strides, tensor
 from .decode_kernel import decode_kernel
-from .spec import Config, KernelCall, Lowering, Operands, Scratch, TensorSpec
+from .spec import Config, KernelCall, Lowering, Operands, Scratch
 
 # Programs that fill an H200 once: a little below its 132 multiprocessors, so that powers of two come out right.
 _PROGRAMS = 128
-WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+# The last split to arrive has to add all of them up.
+_MOST_SPLITS = 64
+# Tokens below which a split is not worth its launch; they are dealt to the splits in units of this.
+_GRAIN = 16
+# Shared memory for tiles on their way, of 227 KiB that a program can have.
+_TILE_BYTES = 160 << 10
 _OPTIONAL = ("cos", "sin", "q_norm", "k_norm", "sinks")
-
-
-def power_of_two(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
-def tensor(operands: Operands, name: str) -> TensorSpec:
-    """The operand `name`.
-
-    Raises:
-        ValueError: the call does not have it.
-    """
-    spec = operands.tensors.get(name)
-    if spec is None:
-        raise ValueError(f"the attention kernels need the operand {name!r}, which this call does not give")
-    return spec
-
-
-def dot_precision(dtype: str) -> str:
-    """How `tl.dot` multiplies: float32 exactly, not as tf32; narrower types have one way only."""
-    return "ieee" if dtype == "float32" else "tf32"
+# Times that the programs fill the GPU, tokens a tile, warps, pipeline stages.
+_NARROW = ((1, 64, 4, 3), (2, 64, 4, 3), (2, 32, 4, 4), (1, 128, 8, 3), (1, 64, 4, 4), (4, 32, 4, 3))
+_FLOAT32 = ((1, 32, 8, 2), (2, 16, 8, 2), (1, 16, 4, 2))
 
 
 def candidates(operands: Operands) -> list[Config]:
-    """Configurations worth measuring: splits, tokens a tile, warps, pipeline stages; best guess first.
-
-    `prefetch` reads positions and block_tables before `gdc_wait`, to bring the first tile into L2 while the launch
-    before still runs. Stale values are harmless as long as they are in range, which holds for inputs of an engine
-    but not for arena memory that other ops use in between.
-    """
-    k_cache, table = tensor(operands, "k_cache"), tensor(operands, "block_tables")
-    batch, block_size, kv_heads = table.shape[0], k_cache.shape[1], k_cache.shape[2]
-    capacity = table.shape[1] * block_size
-    narrow = k_cache.dtype != "float32"
-    shapes = (
-        ((1, 64, 4, 3), (2, 64, 4, 3), (2, 32, 4, 4), (4, 32, 4, 3), (1, 128, 8, 3), (1, 64, 4, 4))
-        if narrow
-        else ((1, 32, 4, 2), (2, 32, 4, 2), (4, 16, 4, 2))
-    )
-    made: dict[tuple[int, ...], Config] = {}
-    for times, block, warps, stages in shapes:
-        wanted = times * _PROGRAMS // (batch * kv_heads)
-        # No split is worth less than 16 tokens, and the last to arrive has to add them all up.
-        most = min(64, power_of_two(-(-capacity // 16)))
-        splits = max(1, min(most, power_of_two(wanted + 1) // 2))
-        config = {"splits": splits, "block": block, "warps": warps, "stages": stages, "prefetch": True}
-        made.setdefault((splits, block, warps, stages), config)
-    return list(made.values())
+    """Configurations worth measuring, best guess first; the keys are explained at `lower`."""
+    k_cache, v_cache, table = (tensor(operands, name) for name in ("k_cache", "v_cache", "block_tables"))
+    block_size, kv_heads = k_cache.shape[1:3]
+    fill = max(1, power_of_two(_PROGRAMS // (table.shape[0] * kv_heads) + 1) // 2)
+    most = min(_MOST_SPLITS, power_of_two(-(-table.shape[1] * block_size // _GRAIN)))
+    row_bytes = (padded(k_cache.shape[3]) + padded(v_cache.shape[3])) * WIDTHS[k_cache.dtype]
+    made: list[Config] = []
+    for times, block, warps, stages in _FLOAT32 if k_cache.dtype == "float32" else _NARROW:
+        config = {"splits": min(most, fill * times), "block": block, "warps": warps, "stages": stages}
+        if config not in made and block * row_bytes * (stages - 1) <= _TILE_BYTES:
+            made.append(config)
+    return made
 
 
 def lower(operands: Operands, config: Config) -> Lowering:
     """One launch over (splits, kv heads, batch); with several splits also scratch for their partial results.
 
     Args:
-        config: `splits` of a row's tokens; `block` tokens a tile; `warps`; `stages`; `prefetch`, see `candidates`.
+        config: `splits`: into how many parts a row's tokens fall; `block`: tokens a tile, a power of two, at least 16;
+            `warps`; `stages` of the pipeline.
+
+    Raises:
+        ValueError: the kernel cannot take the call.
     """
+    check("attention_step", operands)
     q, k_cache, v_cache = tensor(operands, "q"), tensor(operands, "k_cache"), tensor(operands, "v_cache")
-    batch, heads, _, dim = q.shape
+    batch, heads, length, dim = q.shape
+    if length != 1:
+        raise ValueError(f"attention_step: q {q.shape} holds {length} tokens a row; a decode step has one")
     kv_heads, v_dim = k_cache.shape[2], v_cache.shape[3]
-    group, splits, warps = heads // kv_heads, int(config["splits"]), int(config["warps"])
+    group, splits, warps, block = heads // kv_heads, int(config["splits"]), int(config["warps"]), int(config["block"])
+    line = 128 // WIDTHS[k_cache.dtype]
     constants = {
-        **_shape_constants(operands),
-        **_value_constants(operands.values),
+        **shared_constants(operands),
+        "KV_HEADS": kv_heads,
+        "GROUP_PADDED": power_of_two(group),
+        "K_STRIDES": tensor(operands, "k").strides,
+        "V_STRIDES": tensor(operands, "v").strides,
+        "POSITION_STRIDE": tensor(operands, "positions").strides[0],
+        "COS_STRIDES": strides(operands, "cos", 4),
+        "SIN_STRIDES": strides(operands, "sin", 4),
+        "Q_NORM_STRIDE": strides(operands, "q_norm", 1)[0],
+        "K_NORM_STRIDE": strides(operands, "k_norm", 1)[0],
+        "HAS_ROPE": operands.tensors.get("cos") is not None,
+        "HAS_Q_NORM": operands.tensors.get("q_norm") is not None,
+        "HAS_K_NORM": operands.tensors.get("k_norm") is not None,
+        "EPS": float(operands.values["eps"]),
+        "OFFSET": float(operands.values["offset"]),
+        "NARROW_FIRST": bool(operands.values["narrow_first"]),
         "SPLITS": splits,
-        "COMBINE_STEP": _combine_step(splits, power_of_two(group) * power_of_two(v_dim), warps),
-        "BLOCK": int(config["block"]),
-        # The unit in which tokens are dealt to splits: finer than a tile, so that their lengths differ little.
-        "GRAIN": min(int(config["block"]), 16),
-        "PRECISION": dot_precision(q.dtype),
-        # Lines of 128 bytes in a row of the cache.
-        "K_LINES": max(1, power_of_two(dim) * WIDTHS[k_cache.dtype] // 128),
-        "V_LINES": max(1, power_of_two(v_dim) * WIDTHS[v_cache.dtype] // 128),
-        "PREFETCH": bool(config["prefetch"]),
+        # Splits added up at once: 64 float32 values a thread fit into registers.
+        "COMBINE_STEP": max(1, min(power_of_two(splits), 64 * 32 * warps // (power_of_two(group) * padded(v_dim)))),
+        "BLOCK": block,
+        "GRAIN": min(block, _GRAIN),
+        # A row of the cache in lines of 128 bytes, and their elements.
+        "K_LINES": max(1, padded(dim) // line),
+        "K_LINE": line,
+        "V_LINES": max(1, padded(v_dim) // line),
+        "V_LINE": line,
+        "EARLY": {"positions", "block_tables"} <= operands.stable,
         "PDL": True,
     }
     names = ("q", "k", "v", "k_cache", "v_cache", "block_tables", "positions")
@@ -114,60 +109,3 @@ def lower(operands: Operands, config: Config) -> Lowering:
         label=f"attention_step h{heads} kv{kv_heads} d{dim} splits{splits}",
     )
     return Lowering((call,), scratch)
-
-
-def _combine_step(splits: int, values: int, warps: int) -> int:
-    """Splits added up at once: 64 float32 values a thread fit into registers."""
-    return max(1, min(power_of_two(splits), 64 * 32 * warps // values))
-
-
-def _shape_constants(operands: Operands) -> dict[str, Any]:
-    specs = operands.tensors
-    q, k_cache, v_cache = tensor(operands, "q"), tensor(operands, "k_cache"), tensor(operands, "v_cache")
-    table = tensor(operands, "block_tables")
-    group = q.shape[1] // k_cache.shape[2]
-
-    def strides(name: str, count: int) -> tuple[int, ...]:
-        spec = specs.get(name)
-        return (0,) * count if spec is None else spec.strides
-
-    return {
-        "KV_HEADS": k_cache.shape[2],
-        "GROUP": group,
-        # Tensor cores take 16 rows at least.
-        "HEADS_PADDED": max(16, power_of_two(group)),
-        "GROUP_PADDED": power_of_two(group),
-        "DIM": q.shape[3],
-        "DIM_PADDED": max(16, power_of_two(q.shape[3])),
-        "V_DIM": v_cache.shape[3],
-        "V_DIM_PADDED": max(16, power_of_two(v_cache.shape[3])),
-        "BLOCK_SIZE": k_cache.shape[1],
-        "CAPACITY": table.shape[1] * k_cache.shape[1],
-        "Q_STRIDES": q.strides,
-        "K_STRIDES": strides("k", 4),
-        "V_STRIDES": strides("v", 4),
-        "K_CACHE_STRIDES": k_cache.strides,
-        "V_CACHE_STRIDES": v_cache.strides,
-        "TABLE_STRIDES": table.strides,
-        "POSITION_STRIDE": tensor(operands, "positions").strides[0],
-        "COS_STRIDES": strides("cos", 4),
-        "SIN_STRIDES": strides("sin", 4),
-        "Q_NORM_STRIDE": strides("q_norm", 1)[0],
-        "K_NORM_STRIDE": strides("k_norm", 1)[0],
-        "SINK_STRIDE": strides("sinks", 1)[0],
-        "HAS_ROPE": specs.get("cos") is not None,
-        "HAS_Q_NORM": specs.get("q_norm") is not None,
-        "HAS_K_NORM": specs.get("k_norm") is not None,
-        "HAS_SINKS": specs.get("sinks") is not None,
-    }
-
-
-def _value_constants(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "EPS": float(values["eps"]),
-        "OFFSET": float(values["offset"]),
-        "NARROW_FIRST": bool(values["narrow_first"]),
-        "SCALE": float(values["scale"]),
-        "WINDOW": int(values["window"]),
-        "SOFTCAP": float(values["softcap"]),
-    }

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_step import power_of_two, tensor
+from .attention_operands import power_of_two, tensor
 from .spec import Config, KernelCall, Lowering, Operands
 
 
@@ -48,7 +48,7 @@ def cache_write_kernel(
 
 
 def candidates(operands: Operands) -> list[Config]:
-    """Configurations worth measuring: bytes of a tile and its warps; best guess first."""
+    """Configurations worth measuring: elements of a program's tile, and its warps; best guess first."""
     return [{"elements": 2048, "warps": 4}, {"elements": 4096, "warps": 4}, {"elements": 1024, "warps": 2}]
 
 

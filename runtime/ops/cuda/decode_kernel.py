@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_parts import capped, chunk_of_split, combine_splits, prefetch_to_l2, prepared_heads, write_heads
+from .attention_parts import capped, chunk_of_split, combine_splits, prefetch_rows, prepared_heads, write_heads
 
 
 @triton.jit
@@ -34,7 +34,6 @@ def decode_kernel(
     out: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HEADS_PADDED: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
@@ -53,7 +52,6 @@ def decode_kernel(
     Q_NORM_STRIDE: tl.constexpr,
     K_NORM_STRIDE: tl.constexpr,
     SINK_STRIDE: tl.constexpr,
-    CAPACITY: tl.constexpr,
     HAS_ROPE: tl.constexpr,
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
@@ -70,8 +68,10 @@ def decode_kernel(
     GRAIN: tl.constexpr,
     PRECISION: tl.constexpr,
     K_LINES: tl.constexpr,
+    K_LINE: tl.constexpr,
     V_LINES: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    V_LINE: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """One split of one kv head of one row; see `attention_step.lower` for what the constants mean."""
@@ -81,27 +81,9 @@ def decode_kernel(
     v_heads = v_cache + head * V_CACHE_STRIDES[2]
     if PDL:
         gdc_launch_dependents()
-        if PREFETCH:
-            # Only a hint, so it may run ahead of the launches before: should the position or the table still change,
-            # the wrong lines come into L2. What counts is read again below, past L1.
-            guess = tl.load(positions + row * POSITION_STRIDE, cache_modifier=".cg").to(tl.int32)
-            guess = tl.minimum(tl.maximum(guess, 0), CAPACITY - 1)
-            low, high, active = chunk_of_split(guess, split, SPLITS, GRAIN, WINDOW)
-            if split < active:
-                t = low + tl.arange(0, BLOCK)
-                block = tl.load(
-                    table + t // BLOCK_SIZE * TABLE_STRIDES[1], mask=t < high, other=0, cache_modifier=".cg"
-                )
-                block = tl.maximum(block, 0).to(tl.int64)
-                inside = t % BLOCK_SIZE
-                k_lines = tl.arange(0, K_LINES) * (DIM_PADDED // K_LINES)
-                v_lines = tl.arange(0, V_LINES) * (V_DIM_PADDED // V_LINES)
-                k_rows = k_heads + block * K_CACHE_STRIDES[0] + inside * K_CACHE_STRIDES[1]
-                v_rows = v_heads + block * V_CACHE_STRIDES[0] + inside * V_CACHE_STRIDES[1]
-                prefetch_to_l2(k_rows[:, None] + k_lines[None, :])
-                prefetch_to_l2(v_rows[:, None] + v_lines[None, :])
-        gdc_wait()
-    position = tl.load(positions + row * POSITION_STRIDE, cache_modifier=".cg").to(tl.int32)
+        if not EARLY:
+            gdc_wait()
+    position = tl.load(positions + row * POSITION_STRIDE).to(tl.int32)
     low, high, active = chunk_of_split(position, split, SPLITS, GRAIN, WINDOW)
     if split >= active:
         return
@@ -109,8 +91,15 @@ def decode_kernel(
     # The table is read one tile ahead of its use: were it read in the loop that uses it, Triton would pipeline it as
     # well, and half of `num_stages` would go to it instead of keys and values.
     t = low + tl.arange(0, BLOCK)
-    coming = tl.load(table + t // BLOCK_SIZE * TABLE_STRIDES[1], mask=t < high, other=0, cache_modifier=".cg")
-    g = tl.arange(0, HEADS_PADDED)
+    coming = tl.load(table + t // BLOCK_SIZE * TABLE_STRIDES[1], mask=t < high, other=0)
+    if PDL and EARLY:
+        # Nobody writes position and table in this run, so they are known while the launch before still computes
+        # q, k and v: time to bring the first tile into L2. (Unseen tokens name the null block, which is there.)
+        near, inside = coming.to(tl.int64), t % BLOCK_SIZE
+        prefetch_rows(k_heads + near * K_CACHE_STRIDES[0] + inside * K_CACHE_STRIDES[1], K_LINES, K_LINE)
+        prefetch_rows(v_heads + near * V_CACHE_STRIDES[0] + inside * V_CACHE_STRIDES[1], V_LINES, V_LINE)
+        gdc_wait()
+    g = tl.arange(0, GROUP_PADDED)
     d = tl.arange(0, DIM_PADDED)
     e = tl.arange(0, V_DIM_PADDED)
     cos_row, sin_row = cos + row * COS_STRIDES[0], sin + row * SIN_STRIDES[0]
@@ -132,7 +121,7 @@ def decode_kernel(
     value = tl.load(v + row * V_STRIDES[0] + head * V_STRIDES[1] + e * V_STRIDES[3], mask=(e < V_DIM) & mine, other=0.0)
     value = value.to(v_cache.dtype.element_ty)
     write = mine & (position >= 0)
-    own = tl.load(table + position // BLOCK_SIZE * TABLE_STRIDES[1], mask=write, other=0, cache_modifier=".cg")
+    own = tl.load(table + position // BLOCK_SIZE * TABLE_STRIDES[1], mask=write, other=0)
     k_slot = own.to(tl.int64) * K_CACHE_STRIDES[0] + position % BLOCK_SIZE * K_CACHE_STRIDES[1]
     v_slot = own.to(tl.int64) * V_CACHE_STRIDES[0] + position % BLOCK_SIZE * V_CACHE_STRIDES[1]
     d_row = d[None, :]
@@ -141,8 +130,8 @@ def decode_kernel(
 
     score = capped(tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1), SCALE, SOFTCAP)
     top = tl.where(mine, score, float("-inf"))
-    total = tl.where(mine, tl.full([HEADS_PADDED], 1.0, tl.float32), 0.0)
-    acc = tl.zeros([HEADS_PADDED, V_DIM_PADDED], tl.float32) + value.to(tl.float32)[None, :]
+    total = tl.where(mine, tl.full([GROUP_PADDED], 1.0, tl.float32), 0.0)
+    acc = tl.zeros([GROUP_PADDED, V_DIM_PADDED], tl.float32) + value.to(tl.float32)[None, :]
     for first in tl.range(low, high, BLOCK):
         block = coming.to(tl.int64)
         t = first + tl.arange(0, BLOCK)
@@ -173,11 +162,7 @@ def decode_kernel(
 
     out += (row * KV_HEADS + head) * GROUP * V_DIM
     sinks += head * GROUP * SINK_STRIDE
-    if SPLITS == 1:
-        write_heads(out, sinks, g, top, total, acc, position, SINK_STRIDE, HAS_SINKS, GROUP, V_DIM, V_DIM_PADDED)
-    elif active == 1:
-        write_heads(out, sinks, g, top, total, acc, position, SINK_STRIDE, HAS_SINKS, GROUP, V_DIM, V_DIM_PADDED)
-    else:
+    if SPLITS > 1 and active > 1:
         pair = row * KV_HEADS + head
         partial += pair * SPLITS * GROUP * V_DIM
         stats += pair * 2 * SPLITS * GROUP
@@ -192,7 +177,6 @@ def decode_kernel(
             level, sums, mixed = combine_splits(
                 partial, stats, active, SPLITS, COMBINE_STEP, GROUP, GROUP_PADDED, V_DIM, V_DIM_PADDED
             )
-            few = tl.arange(0, GROUP_PADDED)
-            write_heads(
-                out, sinks, few, level, sums, mixed, position, SINK_STRIDE, HAS_SINKS, GROUP, V_DIM, V_DIM_PADDED
-            )
+            write_heads(out, sinks, g, level, sums, mixed, position, SINK_STRIDE, HAS_SINKS, GROUP, V_DIM, V_DIM_PADDED)
+    else:
+        write_heads(out, sinks, g, top, total, acc, position, SINK_STRIDE, HAS_SINKS, GROUP, V_DIM, V_DIM_PADDED)

@@ -4,6 +4,8 @@ Tiles are walked in groups of rows, so that the programs that run at the same ti
 cache. Loads are pipelined by Triton (cp.async, `num_stages` tiles deep) and feed the warp groups' matrix instructions.
 """
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -13,11 +15,11 @@ from .linear_parts import gated, load, rounded, weight_rows
 
 @triton.jit
 def gemm(
-    x,
-    weight,
-    bias,
-    residual,
-    out,
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    residual: tl.tensor,
+    out: tl.tensor,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -33,7 +35,7 @@ def gemm(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
-):
+) -> None:
     """A program computes a tile of BLOCK_M rows and, of the weight, BLOCK_N rows: half as many columns when gated."""
     if PDL:
         gdc_launch_dependents()

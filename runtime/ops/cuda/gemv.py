@@ -1,10 +1,12 @@
 """The decode kernels of `fused_linear`: every weight is read once, as fast as memory gives it.
 
 `gemv` serves a few rows of x: products and sums on the plain cores, a program per few rows of the weight. `skinny`
-serves up to 64 rows on the tensor cores, the weight as the tall operand. Both start reading the weight, which nothing
-writes, before they wait for the launch before them. The RMSNorm in front is taken out of the sum: its weight scales
-x, its root mean square, summed beside the products, scales the result; so x is read once and rounded less often.
+serves up to 64 rows on the tensor cores, the weight as the tall operand. Both start reading a weight that nothing
+writes (EARLY) before they wait for the launch before them. The RMSNorm in front is taken out of the sum: its weight
+scales x; its root mean square, summed beside the products, scales the result. So x is read once and rounded less.
 """
+
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -14,7 +16,14 @@ from .linear_parts import gated, load, rounded, weight_rows
 
 
 @triton.jit
-def _gain(gain, k, inside, MASKED: tl.constexpr, OFFSET: tl.constexpr, ROUND_GAIN: tl.constexpr):
+def _gain(
+    gain: tl.tensor,
+    k: tl.tensor,
+    inside: tl.tensor,
+    MASKED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND_GAIN: tl.constexpr,
+) -> tl.tensor:
     """The norm's weight at k, plus its offset, in float32."""
     g = load(gain + k, inside, MASKED, "").to(tl.float32)
     if OFFSET != 0.0:
@@ -26,12 +35,12 @@ def _gain(gain, k, inside, MASKED: tl.constexpr, OFFSET: tl.constexpr, ROUND_GAI
 
 @triton.jit
 def gemv(
-    x,
-    weight,
-    bias,
-    gain,
-    residual,
-    out,
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    gain: tl.tensor,
+    residual: tl.tensor,
+    out: tl.tensor,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -49,8 +58,9 @@ def gemv(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     VECTOR: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
-):
+) -> None:
     """A program computes BLOCK_N columns of all M rows. VECTOR: elements in 16 bytes, what a thread loads at once."""
     if PDL:
         gdc_launch_dependents()
@@ -62,14 +72,13 @@ def gemv(
     index = rows.to(tl.int64) if WIDE_OFFSETS else rows
     k = tl.arange(0, BLOCK_K)
     source = weight + index[:, None] * K + k[None, :]
+    if PDL and not EARLY:
+        gdc_wait()
     tile = load(source, (k < K)[None, :], K < BLOCK_K, "evict_first")
-    # Partial sums: what each thread adds up of its own vector loads. Threads meet once, at the end.
-    totals = ()
-    squares = ()
-    for _row in tl.static_range(M):
-        totals = totals + (tl.zeros([ROWS, BLOCK_K // VECTOR], tl.float32),)  # noqa: RUF005 - not known to Triton
-        squares = squares + (tl.zeros([BLOCK_K // VECTOR], tl.float32),)  # noqa: RUF005
-    if PDL:
+    # Partial sums for each row of x: what each thread adds up of its own vector loads. Threads meet once, at the end.
+    totals = (tl.zeros([ROWS, BLOCK_K // VECTOR], tl.float32),) * M
+    squares = (tl.zeros([BLOCK_K // VECTOR], tl.float32),) * M
+    if PDL and EARLY:
         gdc_wait()
     for start in range(0, K, BLOCK_K):
         # The next tile is on its way while this one is used.
@@ -78,19 +87,16 @@ def gemv(
         w = tile.to(tl.float32)
         if HAS_GAIN:
             g = _gain(gain, k + start, inside, K % BLOCK_K != 0, OFFSET, ROUND_GAIN)
-        new_totals = ()
-        new_squares = ()
         for row in tl.static_range(M):
             value = load(x + row * X_STRIDE + k + start, inside, K % BLOCK_K != 0, "").to(tl.float32)
-            square = squares[row]
+            square = squares[0]
             if HAS_GAIN:
                 square += tl.sum(tl.reshape(value * value, [BLOCK_K // VECTOR, VECTOR]), 1)
                 value = value * g
             product = tl.reshape(w * value[None, :], [ROWS, BLOCK_K // VECTOR, VECTOR])
-            new_totals = new_totals + (totals[row] + tl.sum(product, 2),)  # noqa: RUF005
-            new_squares = new_squares + (square,)  # noqa: RUF005
-        totals = new_totals
-        squares = new_squares
+            # Tuples turn like wheels: from the front to the back, and after M rows all are in order again.
+            totals = totals[1:] + (totals[0] + tl.sum(product, 2),)  # noqa: RUF005 - Triton has no unpacking here
+            squares = squares[1:] + (square,)  # noqa: RUF005
         tile = after
     column = first + tl.arange(0, BLOCK_N)
     RAGGED: tl.constexpr = COLUMNS % BLOCK_N != 0
@@ -111,12 +117,12 @@ def gemv(
 
 @triton.jit
 def skinny(
-    x,
-    weight,
-    bias,
-    gain,
-    residual,
-    out,
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    gain: tl.tensor,
+    residual: tl.tensor,
+    out: tl.tensor,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -136,11 +142,13 @@ def skinny(
     BLOCK_K: tl.constexpr,
     VECTOR: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
-):
+) -> None:
     """A program computes BLOCK_N columns of all M <= BLOCK_M rows.
 
-    AHEAD: elements of each weight row asked into the L2 cache before the wait, a power of two of at least 128 bytes.
+    AHEAD: elements of each weight row asked into the L2 cache before the wait, a power of two; not more than K, but
+    at least the 128 bytes of a cache line.
     """
     if PDL:
         gdc_launch_dependents()
@@ -151,10 +159,7 @@ def skinny(
     rows = weight_rows(first, ROWS, N, GLU, GATE_FIRST, 8)
     index = rows.to(tl.int64) if WIDE_OFFSETS else rows
     k = tl.arange(0, BLOCK_K)
-    g = tl.zeros([BLOCK_K], tl.float32)
-    if HAS_GAIN:
-        g = _gain(gain, k, k < K, True, OFFSET, ROUND_GAIN)
-    if PDL:
+    if PDL and EARLY:
         # VECTOR elements are 16 bytes, 8 * VECTOR a cache line.
         lines = tl.arange(0, AHEAD // (8 * VECTOR)) * (8 * VECTOR)
         tl.inline_asm_elementwise(
@@ -165,7 +170,11 @@ def skinny(
             is_pure=False,
             pack=1,
         )
+    if PDL:
         gdc_wait()
+    g = tl.zeros([BLOCK_K], tl.float32)
+    if HAS_GAIN:
+        g = _gain(gain, k, k < K, True, OFFSET, ROUND_GAIN)
     m = tl.arange(0, BLOCK_M)
     # Rows past the last repeat it: whatever they give is not stored, and no row sees another.
     source = weight + index[:, None] * K + k[None, :]

@@ -149,6 +149,7 @@ def lower(operands: Operands, config: Config) -> Lowering:
             "OFFSET": float(values["offset"]),
             "ROUND_GAIN": bool(values["narrow_first"]),
             "HAS_GAIN": problem.normed,
+            "EARLY": "weight" in operands.stable,
             "VECTOR": min(16 // problem.item_bytes, int(config["block_k"])),
         }
         if kind == "skinny":
@@ -190,18 +191,23 @@ def _gemv_configs(problem: _Problem) -> list[Config]:
 
 def _skinny_configs(problem: _Problem) -> list[Config]:
     block_m = max(16, _power_of_two(problem.m))
+    line = 128 // problem.item_bytes
     few = problem.n < 2 * 64 * MULTIPROCESSORS
-    tiles = _SKINNY_TILES_FEW + _SKINNY_TILES if few else _SKINNY_TILES + _SKINNY_TILES_FEW
+    tiles = [*_SKINNY_TILES_FEW, *_SKINNY_TILES] if few else [*_SKINNY_TILES, *_SKINNY_TILES_FEW]
     if problem.item_bytes == 4:
-        tiles = _SKINNY_TILES_EXACT
+        tiles = list(_SKINNY_TILES_EXACT)
     found: dict[tuple[int, ...], Config] = {}
     for rows, row_bytes, warps, stages in tiles:
         block_k = max(16, min(row_bytes // problem.item_bytes, _power_of_two(problem.k)))
         shape = (rows // problem.gated, block_k, warps, stages)
-        if stages * (rows + block_m) * block_k * problem.item_bytes <= SHARED_BYTES and shape not in found:
+        fits = stages * (rows + block_m) * block_k * problem.item_bytes <= SHARED_BYTES
+        # Below 64 rows, warps scale x in registers, each the whole of it: more than this spills.
+        if problem.normed and rows < 64:
+            fits = fits and block_m * block_k <= 256 * rows
+        if fits and shape not in found:
             found[shape] = {
                 "kind": "skinny", "block_m": block_m, "block_n": shape[0], "block_k": block_k, "num_warps": warps,
-                "num_stages": stages, "ahead": max(128, min(1024, row_bytes * 2)) // problem.item_bytes,
+                "num_stages": stages, "ahead": max(line, min(8 * line, 1 << problem.k.bit_length() - 1)),
             }  # fmt: skip
     return list(found.values())
 

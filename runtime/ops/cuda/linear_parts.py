@@ -4,14 +4,21 @@ A gated activation needs row j of the gate and row j of the up projection in one
 rows of one, then `RUN` of the other, so that in registers a gate lies beside its up: one product, one accumulator.
 """
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def weight_rows(
-    first, ROWS: tl.constexpr, N: tl.constexpr, GLU: tl.constexpr, GATE_FIRST: tl.constexpr, RUN: tl.constexpr
-):
+    first: tl.tensor,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    GLU: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    RUN: tl.constexpr,
+) -> tl.tensor:
     """Weight rows [ROWS] of the tile whose first output column is `first`; past the end, the last row again."""
     tile = tl.arange(0, ROWS)
     if GLU:
@@ -23,7 +30,7 @@ def weight_rows(
 
 
 @triton.jit
-def load(pointers, inside, MASKED: tl.constexpr, EVICTION: tl.constexpr):
+def load(pointers: tl.tensor, inside: tl.tensor, MASKED: tl.constexpr, EVICTION: tl.constexpr) -> tl.tensor:
     """A load, zero where not `inside`, which does not matter unless MASKED."""
     if MASKED:
         return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION)
@@ -31,7 +38,7 @@ def load(pointers, inside, MASKED: tl.constexpr, EVICTION: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, KIND: tl.constexpr):
+def activate(gate: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     """silu, relu, gelu or gelu_tanh of float32 values."""
     if KIND == "silu":
         return gate / (1.0 + tl.exp(-gate))
@@ -47,12 +54,12 @@ def activate(gate, KIND: tl.constexpr):
 
 
 @triton.jit
-def rounded(y, like):
+def rounded(y: tl.tensor, like: tl.tensor) -> tl.tensor:
     """float32 values as they are after having been stored in `like`, a pointer."""
     return y.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
-def gated(gate, up, out, KIND: tl.constexpr):
+def gated(gate: tl.tensor, up: tl.tensor, out: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     """act(gate) * up, rounded where the plain ops would round: after the product, the activation and the gating."""
     return rounded(activate(rounded(gate, out), KIND), out) * rounded(up, out)

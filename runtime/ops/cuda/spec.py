@@ -61,11 +61,14 @@ class Operands:
     """The arguments of one call of an op: tensors by the schema's names (None where absent), and plain values.
 
     `outputs` are freshly made, contiguous tensors that the kernels must fill completely: "out", or "out0", "out1" …
+    `stable` names operands that no earlier launch of the same run writes (weights; inputs; a cache that only this call
+    writes, in what it held before): a dependent launch may read them before it waits.
     """
 
     tensors: Mapping[str, TensorSpec | None]
     values: Mapping[str, Any]
     outputs: Mapping[str, TensorSpec]
+    stable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Numeric cases of the CUDA attention kernels: on the GPU, or on the CPU in Triton's interpreter.
 
-Whatever a kernel must not read is NaN: null block, other rows' blocks, slots beyond a row's length, padding rows. Run as
-a program (TRITON_INTERPRET=1), it prints one JSON object: case -> largest error as a share of what is allowed.
+Whatever a kernel must not use is NaN: null block, slots that no query sees, padding rows. Run as a program
+(TRITON_INTERPRET=1), it prints one JSON object: case -> largest error as a share of what is allowed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from torch import Tensor
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Allowed error of one element: absolute, and relative to the reference. Two or three roundings of the type.
-_ALLOWED = {BF16: (1.6e-2, 1.6e-2), FP16: (2e-3, 2e-3), FP32: (1e-5, 1e-5)}
+_ALLOWED = {BF16: (8e-3, 8e-3), FP16: (1e-3, 1e-3), FP32: (1e-5, 1e-5)}
+
+# What an engine's launches do not write before attention.
+_STABLE = ("k_cache", "v_cache", "block_tables", "positions")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Case:
     sinks: bool = False
     norm: str = ""
     rope: bool = True
+    stable: bool = True
     config: tuple[int, ...] = ()
 
     def __str__(self) -> str:
@@ -52,27 +56,28 @@ class Case:
 
 # config: splits, tokens a tile.
 STEPS = (
-    Case((0,), dim=16, dtype=FP32, config=(1, 16)),
-    Case((0, 1, 2, 3, 4, 5), dtype=FP32, block_size=4, kv_heads=2, config=(2, 16)),
-    Case((-1, 15, 16, 17, 31, -1, 0), dtype=FP32, kv_heads=4, config=(4, 16)),
+    Case((0,), dtype=FP32, config=(1, 16)),
+    Case((0, 1, 2, 3, 4, 5), dtype=FP32, block_size=4, config=(2, 16)),
+    Case((-1, 15, 16, 17, 31, -1), dtype=FP32, kv_heads=2, config=(3, 16)),
     Case((95, 150, 3), dim=64, heads=8, dtype=FP32, sinks=True, norm="narrow", config=(4, 32)),
-    Case((200, -1, 63, 64), dim=80, heads=6, kv_heads=2, dtype=FP32, softcap=20.0, norm="wide", config=(3, 16)),
-    Case((129, 65, 7, 40), dim=16, v_dim=24, dtype=FP32, window=33, block_size=4, sinks=True, config=(2, 16)),
+    Case((200, -1, 64), dim=80, heads=6, kv_heads=2, dtype=FP32, softcap=20.0, norm="wide", config=(3, 16)),
+    Case((129, 65, 7, 40), v_dim=24, dtype=FP32, window=33, block_size=4, sinks=True, config=(2, 16)),
     Case((70,), dtype=FP32, window=1, rope=False, config=(4, 16)),
-    Case((300, 111), dim=64, heads=8, kv_heads=2, norm="narrow", config=(8, 32)),
-    Case((255, 256, -1), dim=128, heads=8, kv_heads=1, sinks=True, softcap=50.0, config=(5, 64)),
-    Case((90, 40), dim=96, heads=3, kv_heads=3, window=64, norm="wide", rope=False, config=(2, 32)),
+    Case((257, 111), dim=64, heads=8, kv_heads=2, norm="narrow", config=(4, 32)),
+    Case((63, 128, -1), dim=128, heads=8, sinks=True, softcap=50.0, config=(1, 64)),
+    Case((255,), dim=128, heads=8, config=(5, 64)),
+    Case((90, 40), dim=96, heads=2, kv_heads=2, dtype=FP16, window=64, norm="wide", rope=False, config=(2, 32)),
 )
 # config: queries and keys a tile.
 PREFILLS = (
     Case((0,), (19,), dtype=FP32, config=(16, 16)),
-    Case((0, 7), (33, 20), dim=64, heads=8, kv_heads=2, dtype=FP32, block_size=4, sinks=True, config=(16, 32)),
+    Case((0, 7), (33, 20), dim=64, heads=8, kv_heads=2, block_size=4, sinks=True, config=(32, 32)),
     Case((40, 0), (40, 1), dim=80, heads=3, kv_heads=3, dtype=FP32, softcap=30.0, config=(32, 16)),
-    Case((50,), (70,), dim=16, v_dim=24, dtype=FP32, window=20, sinks=True, config=(32, 16)),
+    Case((50,), (70,), v_dim=24, dtype=FP32, window=20, sinks=True, config=(32, 16)),
     Case((0, 17), (60, 0), dtype=FP32, window=100, heads=2, config=(16, 16)),
     Case((37, -1, 16), (1, 0, 1), dtype=FP32, config=(16, 16)),
-    Case((64,), (130,), dim=128, heads=4, kv_heads=2, config=(128, 64)),
-    Case((3,), (90,), dim=64, window=48, softcap=50.0, config=(64, 32)),
+    Case((64,), (130,), dim=128, heads=2, config=(128, 64)),
+    Case((3,), (90,), dim=64, dtype=FP16, window=48, softcap=50.0, config=(64, 32)),
 )
 
 
@@ -83,6 +88,7 @@ def run_cases(device: str) -> dict[str, float]:
     errors["a step's row sees no other"] = float(not rows_apart(device))
     errors |= {f"cache write {dim} {dtype}": write(dim, dtype, device) for dim, dtype in ((64, BF16), (80, FP32))}
     if device != "cpu":
+        errors["step unstable"] = step(dataclasses.replace(BIG_STEP, stable=False), device, _step_candidates()[0])
         errors |= {f"step {config}": step(BIG_STEP, device, config) for config in _step_candidates()}
         errors |= {f"prefill {config}": prefill(BIG_PREFILL, device, config) for config in _prefill_candidates()}
     return errors
@@ -151,7 +157,8 @@ class _Call:
         return {"scale": self.case.dim**-0.5, "window": self.case.window, "softcap": self.case.softcap}
 
     def operands(self) -> Operands:
-        return Operands(_specs(self.tensors), self.values(), {"out": spec(self.out)})
+        stable = frozenset(_STABLE if self.case.stable else ())
+        return Operands(_specs(self.tensors), self.values(), {"out": spec(self.out)}, stable)
 
     def cloned(self) -> dict[str, Tensor | None]:
         """The same call again, with caches of its own."""
@@ -224,7 +231,7 @@ def step(case: Case, device: str, config: Config | None = None) -> float:
     call = Step(case, device)
     if config is None:
         splits, block = case.config
-        config = {"splits": splits, "block": block, "warps": 4, "stages": 2, "prefetch": True}
+        config = {"splits": splits, "block": block, "warps": 4, "stages": 2}
     theirs, ours = call.cloned(), call.cloned() | {"out": call.out}
     wanted = fused_reference.attention_step(**theirs, **call.values())
     launch(attention_step.lower(call.operands(), config), ours)
@@ -246,7 +253,7 @@ def prefill(case: Case, device: str, config: Config | None = None) -> float:
 def rows_apart(device: str) -> bool:
     """Whether a row's result is the same bits in a batch and alone."""
     case = Case((65, 130, -1, 31), heads=4, kv_heads=2, dtype=FP16, config=(4, 16))
-    config = {"splits": 4, "block": 16, "warps": 4, "stages": 2, "prefetch": True}
+    config = {"splits": 4, "block": 16, "warps": 4, "stages": 2}
     call = Step(case, device)
     launch(attention_step.lower(call.operands(), config), call.cloned() | {"out": call.out})
     for row in range(call.batch):

@@ -1,7 +1,8 @@
-"""Two repairs of Triton's interpreter (3.6), for a process that runs kernels in it and nothing else.
+"""Three repairs of Triton's interpreter (3.6), for a process that runs kernels in it and nothing else.
 
-It keeps bfloat16 as bit patterns, which its `tl.dot` multiplies as integers; and loop bounds that are known at run time
-alone fail with numpy from 2.4 on, which no longer turns an array of one element into an int.
+It keeps bfloat16 as bit patterns, which its `tl.dot` multiplies as integers; it cuts float32 off to bfloat16 where the
+GPU rounds; and loop bounds that are known at run time alone fail with numpy from 2.4 on, which no longer turns an array
+of one element into an int.
 """
 
 from __future__ import annotations
@@ -26,6 +27,16 @@ def repair() -> None:
     def create_wide_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return create_dot(self, _widened(a), _widened(b), *rest)
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding_cast(self: Any, source: Any, wanted: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or wanted.scalar != tl.bfloat16:
+            return cast(self, source, wanted)
+        bits = np.ascontiguousarray(source.data).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return interpreter.TensorHandle(np.where(np.isnan(source.data), np.uint16(0x7FC0), rounded), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.cast_impl = rounding_cast
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter.InterpreterBuilder.create_dot = create_wide_dot
 

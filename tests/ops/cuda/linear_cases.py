@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from ingot.runtime.ops import fused_reference
 from ingot.runtime.ops.cuda import linear
-from ingot.runtime.ops.cuda.spec import KernelCall, Operands, TensorSpec
+from ingot.runtime.ops.cuda.spec import Config, KernelCall, Operands, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ CASES = (
     Case(3, 33, 1024, norm=True, bias=True, residual=True, strided=True),
     Case(3, 64, 96, FP32, norm=True, offset=1.0, activation="relu", residual=True),
     Case(5, 70, 257, norm=True, activation="silu", gate_first=False, strided=True),
-    Case(8, 96, 512, norm=True, bias=True),
+    Case(8, 48, 512, norm=True, bias=True),
     Case(8, 48, 130, FP32, norm=True, bias=True, residual=True),
     Case(17, 140, 320, norm=True, offset=1.0, activation="silu", bias=True, strided=True),
     Case(17, 66, 100, FP32, norm=True, activation="gelu"),
@@ -60,22 +60,16 @@ CASES = (
     Case(100, 128, 128, bias=True, residual=True, strided=True),
     Case(100, 150, 70, activation="silu", bias=True),
     Case(100, 66, 70, FP32, activation="gelu_tanh", gate_first=False, residual=True),
-    Case(300, 260, 64, FP16, activation="gelu"),
+    Case(200, 132, 64, FP16, activation="gelu"),
     Case(300, 140, 64, wide=True),
 )
 
 
 def run_cases(device: str) -> dict[str, float]:
     """The largest error of every case over all its candidates, as a share of what is allowed: at most 1 is right."""
-    cases = CASES if device != "cpu" else [_interpretable(case) for case in CASES]
-    errors = {str(case): _run(case, device) for case in cases}
+    errors = {str(case): _run(case, device) for case in CASES}
     errors["a row sees no other"] = float(not _rows_apart(device))
     return errors
-
-
-def _interpretable(case: Case) -> Case:
-    """Triton's interpreter multiplies the bit patterns of bfloat16 in `tl.dot`: cases that may use it, in float16."""
-    return dataclasses.replace(case, dtype=FP16) if case.dtype == BF16 and case.m > 1 else case
 
 
 def launch(call: KernelCall, tensors: dict[str, torch.Tensor]) -> None:
@@ -117,6 +111,7 @@ def make(case: Case, device: str) -> tuple[Operands, dict[str, torch.Tensor]]:
         tensors={name: _spec(tensors[name]) if name in tensors else None for name in _NAMES},
         values=_values(case),
         outputs={"out": _spec(out)},
+        stable=frozenset({"weight"}),
     )
     return operands, tensors | {"out": out}
 
@@ -135,11 +130,20 @@ def _spec(tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype)[6:])
 
 
+def _configs(operands: Operands, device: str) -> list[Config]:
+    """The candidates; those that differ in warps and stages alone are one to the interpreter."""
+    configs = linear.candidates(operands)
+    if device != "cpu":
+        return configs
+    tiles = {json.dumps({**config, "num_warps": 0, "num_stages": 0, "ahead": 0}): config for config in configs}
+    return list(tiles.values())
+
+
 def _run(case: Case, device: str) -> float:
     operands, tensors = make(case, device)
     exact, allowed = _oracle(case, tensors)
     worst = 0.0
-    for config in linear.candidates(operands):
+    for config in _configs(operands, device):
         out = tensors["out"].fill_(float("nan"))
         for call in linear.lower(operands, config).calls:
             launch(call, tensors)
@@ -150,7 +154,7 @@ def _run(case: Case, device: str) -> float:
 
 def _oracle(case: Case, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference in float32 on the same values, and what a kernel may differ from it at each element."""
-    given = {name: tensors[name].float() if name in tensors else None for name in _NAMES}
+    given: dict[str, Any] = {name: tensors[name].float() if name in tensors else None for name in _NAMES}
     exact = fused_reference.fused_linear(**given, **_values(case)).double()
     # The linear layer itself, in float64: `size` bounds what sums in any order can lose.
     x = given["x"].double()
@@ -159,8 +163,6 @@ def _oracle(case: Case, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
     weight, bias = given["weight"].double(), 0.0 if given["bias"] is None else given["bias"].double()
     linear_out, size = x @ weight.t() + bias, x.abs() @ weight.abs().t()
     half_step = 0.51 * torch.finfo(case.dtype).eps
-    if case.dtype == BF16 and not tensors["out"].is_cuda:
-        half_step *= 2  # The interpreter cuts bfloat16 off.
     # Normalized rows may be rounded once on their way into the tensor cores.
     loss = 2e-6 * size + (half_step * size / 4 if case.norm and case.dtype != FP32 else 0.0)
     loss = loss + (0.0 if case.wide else half_step * linear_out.abs())
@@ -181,9 +183,8 @@ def _rows_apart(device: str) -> bool:
     """Whether rows stay as they were, bit for bit, when another row turns into NaN."""
     same = True
     for case in (Case(3, 20, 64, norm=True), Case(20, 40, 64, norm=True, activation="silu"), Case(70, 64, 64)):
-        case = case if device != "cpu" else _interpretable(case)
         operands, tensors = make(case, device)
-        for config in linear.candidates(operands):
+        for config in _configs(operands, device):
             results = []
             before = tensors["x"].clone()
             for poison in (False, True):
@@ -199,4 +200,7 @@ def _rows_apart(device: str) -> bool:
 
 
 if __name__ == "__main__":
+    from interpreter_repairs import repair
+
+    repair()
     print(json.dumps(run_cases("cpu")))

@@ -49,7 +49,8 @@ def operands_of(m: int, n: int, k: int, norm=False, residual=False, dtype="bfloa
         "norm_weight": dense(k, dtype=dtype) if norm else None,
         "residual": dense(m, 1, columns, dtype=dtype) if residual else None,
     }
-    return Operands(tensors, values, {"out": dense(m, 1, columns, dtype="float32" if values["wide"] else dtype)})
+    out = dense(m, 1, columns, dtype="float32" if values["wide"] else dtype)
+    return Operands(tensors, values, {"out": out}, frozenset({"weight"}))
 
 
 def compile_for_hopper(call: KernelCall, operands: Operands) -> Any:
@@ -57,7 +58,7 @@ def compile_for_hopper(call: KernelCall, operands: Operands) -> Any:
     from triton.backends.compiler import GPUTarget
 
     names = call.function.arg_names
-    types = {**operands.tensors, **operands.outputs}
+    types: dict[str, Any] = {**operands.tensors, **operands.outputs}
     source = triton.compiler.ASTSource(
         fn=call.function,
         signature={
@@ -113,9 +114,10 @@ def test_candidates_are_few_different_and_fit(layer, m, dtype):
     item = 4 if dtype == "float32" else 2
     for config in configs:
         if config["kind"] != "gemv":
+            blocks: Any = config
             halves = 2 if fused.get("activation") and config["kind"] == "skinny" else 1
-            tile = config["block_m"] + config["block_n"] * halves
-            assert config["num_stages"] * tile * config["block_k"] * item <= HOPPER_SHARED_BYTES
+            tile = blocks["block_m"] + blocks["block_n"] * halves
+            assert blocks["num_stages"] * tile * blocks["block_k"] * item <= HOPPER_SHARED_BYTES
         (call,) = linear.lower(operands, config).calls
         assert call.dependent
         assert call.read_bytes == n * k * item
@@ -132,12 +134,12 @@ def test_the_label_says_what_is_fused():
 def test_rows_with_a_common_stride_are_taken_others_refused():
     row = TensorSpec((2, 4, 64), (4 * 96, 96, 1), "bfloat16")
     good = Operands(
-        operands_of(8, 32, 64).tensors | {"x": row}, PLAIN, {"out": TensorSpec((2, 4, 32), (128, 32, 1), "bfloat16")}
+        {**operands_of(8, 32, 64).tensors, "x": row}, PLAIN, {"out": TensorSpec((2, 4, 32), (128, 32, 1), "bfloat16")}
     )
     (call,) = linear.lower(good, linear.candidates(good)[0]).calls
     assert (call.constants["M"], call.constants["X_STRIDE"]) == (8, 96)
     for strides, message in (((1000, 96, 1), "no common stride"), ((4 * 192, 192, 2), "must be dense")):
-        bad = Operands(good.tensors | {"x": TensorSpec((2, 4, 64), strides, "bfloat16")}, PLAIN, good.outputs)
+        bad = Operands({**good.tensors, "x": TensorSpec((2, 4, 64), strides, "bfloat16")}, PLAIN, good.outputs)
         with pytest.raises(ValueError, match=message):
             linear.candidates(bad)
 
@@ -154,7 +156,7 @@ def test_what_no_kernel_computes_is_refused():
         ("residual", dense(1, 1, 64)),
     ):
         with pytest.raises(ValueError, match="fused_linear"):
-            linear.candidates(Operands(good.tensors | {name: spec}, good.values, good.outputs))
+            linear.candidates(Operands({**good.tensors, name: spec}, good.values, good.outputs))
     with pytest.raises(ValueError, match="norm in front"):
         linear.candidates(operands_of(65, 32, 64, norm=True))
     with pytest.raises(ValueError, match="activation"):
@@ -183,6 +185,16 @@ def test_hopper_code_is_vectorized_and_spills_nothing(layer, m, tmp_path):
         assert re.search(r"ld\.global\S*evict_first\S*v4\.b32", before)
         assert not re.search(r"ld\.global\S*evict_first(?!\S*v4\.b32)", before + after)
     else:
+        assert ("prefetch.global.L2" in before) == (m == 16)
         assert re.search(r"cp\.async\.cg\.shared\.global \[[^,]*, \[[^,]*, 0x10", after)
         assert "cp.async.ca" not in after
         assert "wgmma.mma_async" in after or (m == 16 and "mma.sync" in after)
+
+
+@pytest.mark.parametrize("m", [1, 16, 128])
+def test_a_weight_that_a_launch_may_write_is_read_after_the_wait(m):
+    operands = operands_of(m, 256, 512)
+    unstable = Operands(operands.tensors, operands.values, operands.outputs)
+    (call,) = linear.lower(unstable, linear.candidates(unstable)[0]).calls
+    before, _after = compile_for_hopper(call, unstable).asm["ptx"].split("griddepcontrol.wait", 1)
+    assert not re.search(r"ld\.global|cp\.async|prefetch", before)
