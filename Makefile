@@ -5,8 +5,14 @@
 #   make check    formatting, lint, types and the floors' imports alone
 #   make bench    measure; BENCH="--quick" or BENCH="--models demo --json mine" narrows it
 #   make setup    install only            make clean    remove what make and builds made
+#
+# On a machine with an NVIDIA GPU, with the packages of PYTHON_GPU (torch, transformers, cuda-bindings, pytest):
+#
+#   make test-gpu    the tests that need the GPU
+#   make bench-gpu   measure on it; BENCH="--models llama-3.2-1b --gpt-fast DIR" narrows or widens it
 
 PYTHON ?= python3
+PYTHON_GPU ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -14,7 +20,7 @@ INGOT := $(BIN)/ingot
 DEMO := artifacts/built/demo
 BENCH ?=
 
-.PHONY: help setup demo test check types bench clean
+.PHONY: help setup demo test check types bench test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -61,6 +67,17 @@ types: $(VENV)/installed-dev
 
 bench: setup
 	$(BIN)/python -m ingot.benchmarks $(BENCH)
+
+# The GPU machine's own packages are used as they are: the root is found through a link, whatever the clone is called.
+GPU_PATH := $(CURDIR)/build/gpu
+ON_GPU := mkdir -p $(GPU_PATH) && ln -sfn $(CURDIR) $(GPU_PATH)/ingot \
+	&& PYTHONPATH="$(GPU_PATH):$$PYTHONPATH" $(PYTHON_GPU)
+
+test-gpu:
+	$(ON_GPU) -m pytest -m gpu $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+
+bench-gpu:
+	$(ON_GPU) -m ingot.benchmarks --device cuda $(BENCH)
 
 clean:
 	rm -rf $(VENV) artifacts/built build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -15,6 +15,8 @@ import numpy as np
 from ...artifacts.errors import ResourceError
 
 OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+# cuFuncLoad and cuFuncGetParamInfo are of CUDA 12.4.
+_OLDEST = 12_040
 # A launch may use so much shared memory without asking first.
 _SHARED_BYTES = 48 << 10
 _FIXES = {
@@ -38,7 +40,7 @@ class Driver:
 
     Raises:
         CudaError: (from any method) the driver refuses.
-        ResourceError: cuda-bindings is not installed, or the driver lacks a function.
+        ResourceError: cuda-bindings is not installed, or the driver is too old.
     """
 
     def __init__(self, ordinal: int = 0) -> None:
@@ -51,6 +53,10 @@ class Driver:
         self._api: Any = api
         try:
             self._call("start", api.cuInit(0))
+            (version,) = self._call("tell its version", api.cuDriverGetVersion())
+            if version < _OLDEST:
+                why = f"it is for CUDA {version // 1000}.{version % 1000 // 10}, at least 12.4 is needed"
+                raise ResourceError("the NVIDIA driver is too old", why, "update the NVIDIA driver")
             (self.device,) = self._call("be found", api.cuDeviceGet(ordinal))
             (self._context,) = self._call("make a context", api.cuDevicePrimaryCtxRetain(self.device))
         except RuntimeError as error:  # how the bindings say that libcuda or a function in it is missing
@@ -165,6 +171,8 @@ class Driver:
             limit = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             answer = self._api.cuFuncSetAttribute(function, limit, shared_bytes)
             self._call(f"give kernel {symbol} {shared_bytes:,} bytes of shared memory", answer)
+        # Else it is loaded with its first launch, which is not possible while a graph is recorded.
+        self._call(f"load kernel {symbol}", self._api.cuFuncLoad(function))
         return function
 
     def parameter_bytes(self, function: Any) -> tuple[int, ...]:

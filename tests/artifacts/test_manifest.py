@@ -73,6 +73,8 @@ def test_canonical_json_and_digest_do_not_depend_on_order_or_spacing(golden: dic
         ("engines.0.name", "../x", "engines[0].name"),
         ("engines.0.phase", "train", "engines[0].phase"),
         ("engines.0.kind", "pickle", "engines[0].kind"),
+        ("engines.0.memory_bytes", -1, "engines[0].memory_bytes"),
+        ("engines.0.memory_bytes", MISSING, "engines[0].memory_bytes"),
         ("engines.0.batch", 10**9, "engines[0].batch"),
         ("engines.0.batch", 1.0, "engines[0].batch"),
         ("engines.0.length", 2, "engines[0].length"),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,14 +131,14 @@ def record(tiny: Tiny, root: Path, choose: Choose | None = None) -> None:
     (root / "origins.json").write_text(json.dumps(store.origins))
 
 
-Pick = Callable[[int], int]
-
-
-def candidate(pick: Pick) -> Choose:
-    """A choice of configurations by place: `pick` says which of so many."""
+def fewest_programs(kind: str) -> Choose:
+    """A choice of the configuration whose launches have the fewest programs, if possible of a kind ("gemv")."""
 
     def choose(op: str, provider: Any, operands: Any) -> Any:
-        found = provider.candidates(operands)
-        return found[pick(len(found))]
+        def programs(config: Any) -> tuple[bool, int]:
+            calls = provider.lower(operands, config).calls
+            return config.get("kind", kind) != kind, sum(math.prod(call.grid) for call in calls)
+
+        return min(provider.candidates(operands), key=programs)
 
     return choose

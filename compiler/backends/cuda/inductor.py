@@ -50,7 +50,7 @@ def wrap(program: Program) -> Wrapped:
     Raises:
         RuntimeError: this torch hands over no wrapper graph. Whatever Inductor raises.
     """
-    from torch._inductor import config
+    from torch._inductor import config, ir
     from torch._inductor.codegen import wrapper_fxir
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.virtualized import V
@@ -70,7 +70,10 @@ def wrap(program: Program) -> Wrapped:
 
     known = {key: value for key, value in _CONFIG.items() if hasattr(config, key)}
     collecting = swapped(wrapper_fxir, "FxConverter", Collect)
-    with config.patch(known), torch.no_grad(), V.set_fake_mode(program.mode), collecting:
+    # Inductor puts the IR into the text of its errors, and prints an op with all that it reads: along a residual stream
+    # that text doubles with every layer.
+    naming = swapped(ir.ExternKernel, "__str__", lambda op: f"{type(op).__name__} {op.name}")
+    with config.patch(known), torch.no_grad(), V.set_fake_mode(program.mode), collecting, naming:
         compile_fx_inner(program.gm, program.examples, fx_wrapper=True, is_inference=True)
     if len(seen) != 1:
         raise RuntimeError(f"torch {torch.__version__} made {len(seen)} wrapper graphs instead of one")

@@ -98,9 +98,9 @@ def chunk_of_split(
 
 
 @triton.jit
-def prefetch_rows(rows: tl.tensor, LINES: tl.constexpr, LINE: tl.constexpr) -> None:
-    """Ask for LINES lines of 128 bytes, LINE elements apart, at each of the pointers `rows` [R] to come into L2."""
-    lines = rows[:, None] + tl.arange(0, LINES)[None, :] * LINE
+def prefetch_rows(rows: tl.tensor, DIM: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr) -> None:
+    """Ask for the DIM elements at each of the pointers `rows` [R], in LINES lines of LINE elements, to come into L2."""
+    lines = rows[:, None] + tl.minimum(tl.arange(0, LINES) * LINE, DIM - 1)[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // dummy $0",
         "=r,l",

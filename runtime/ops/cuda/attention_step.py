@@ -26,6 +26,7 @@ _FLOAT32 = ((1, 32, 8, 2), (2, 16, 8, 2), (1, 16, 4, 2))
 
 def candidates(operands: Operands) -> list[Config]:
     """Configurations worth measuring, best guess first; the keys are explained at `lower`."""
+    check("attention_step", operands)
     k_cache, v_cache, table = (tensor(operands, name) for name in ("k_cache", "v_cache", "block_tables"))
     block_size, kv_heads = k_cache.shape[1:3]
     fill = max(1, power_of_two(_PROGRAMS // (table.shape[0] * kv_heads) + 1) // 2)
@@ -79,11 +80,10 @@ def lower(operands: Operands, config: Config) -> Lowering:
         "COMBINE_STEP": max(1, min(power_of_two(splits), 64 * 32 * warps // (power_of_two(group) * padded(v_dim)))),
         "BLOCK": block,
         "GRAIN": min(block, _GRAIN),
-        # A row of the cache in lines of 128 bytes, and their elements.
-        "K_LINES": max(1, padded(dim) // line),
-        "K_LINE": line,
-        "V_LINES": max(1, padded(v_dim) // line),
-        "V_LINE": line,
+        # Elements of a line of 128 bytes, and lines of a row of the cache.
+        "LINE": line,
+        "K_LINES": power_of_two(-(-dim // line)),
+        "V_LINES": power_of_two(-(-v_dim // line)),
         "EARLY": {"positions", "block_tables"} <= operands.stable,
         "PDL": True,
     }

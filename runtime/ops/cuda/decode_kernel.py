@@ -68,9 +68,8 @@ def decode_kernel(
     GRAIN: tl.constexpr,
     PRECISION: tl.constexpr,
     K_LINES: tl.constexpr,
-    K_LINE: tl.constexpr,
     V_LINES: tl.constexpr,
-    V_LINE: tl.constexpr,
+    LINE: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -96,8 +95,8 @@ def decode_kernel(
         # Nobody writes position and table in this run, so they are known while the launch before still computes
         # q, k and v: time to bring the first tile into L2. (Unseen tokens name the null block, which is there.)
         near, inside = coming.to(tl.int64), t % BLOCK_SIZE
-        prefetch_rows(k_heads + near * K_CACHE_STRIDES[0] + inside * K_CACHE_STRIDES[1], K_LINES, K_LINE)
-        prefetch_rows(v_heads + near * V_CACHE_STRIDES[0] + inside * V_CACHE_STRIDES[1], V_LINES, V_LINE)
+        prefetch_rows(k_heads + near * K_CACHE_STRIDES[0] + inside * K_CACHE_STRIDES[1], DIM, K_LINES, LINE)
+        prefetch_rows(v_heads + near * V_CACHE_STRIDES[0] + inside * V_CACHE_STRIDES[1], V_DIM, V_LINES, LINE)
         gdc_wait()
     g = tl.arange(0, GROUP_PADDED)
     d = tl.arange(0, DIM_PADDED)

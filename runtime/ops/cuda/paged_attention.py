@@ -13,8 +13,10 @@ from .spec import Config, KernelCall, Lowering, Operands
 
 def candidates(operands: Operands) -> list[Config]:
     """Configurations worth measuring: queries and keys a tile, warps, pipeline stages; best guess first."""
+    check("paged_attention", operands)
     q = tensor(operands, "q")
     length, dim = q.shape[2], padded(max(q.shape[3], tensor(operands, "v_cache").shape[3]))
+    shapes: tuple[tuple[int, int, int, int], ...]
     if q.dtype == "float32":
         shapes = ((32, 16, 8, 2), (16, 16, 4, 2))
     elif length < 64:

@@ -132,7 +132,7 @@ class _Call:
                     continue
                 k_cache[tables[row, t // size], t % size] = self.random(case.kv_heads, case.dim).cpu()
                 v_cache[tables[row, t // size], t % size] = self.random(case.kv_heads, v_dim).cpu()
-        self.tensors: dict[str, Tensor | None] = {
+        self.tensors: dict[str, Any] = {
             "k_cache": k_cache.to(device),
             "v_cache": v_cache.to(device),
             "block_tables": tables.to(device),
@@ -160,7 +160,7 @@ class _Call:
         stable = frozenset(_STABLE if self.case.stable else ())
         return Operands(_specs(self.tensors), self.values(), {"out": spec(self.out)}, stable)
 
-    def cloned(self) -> dict[str, Tensor | None]:
+    def cloned(self) -> dict[str, Any]:
         """The same call again, with caches of its own."""
         own = {name: self.tensors[name].clone() for name in ("k_cache", "v_cache")}
         return self.tensors | own
@@ -207,7 +207,7 @@ def launch(lowering: Lowering, tensors: Mapping[str, Tensor | None]) -> None:
     gpu = device.type == "cuda"
     for _ in range(2):
         for call in lowering.calls:
-            pointers = {key: (tensors | scratch)[name] for key, name in call.pointers.items()}
+            pointers = {key: {**tensors, **scratch}[name] for key, name in call.pointers.items()}
             constants = {**call.constants, "PDL": gpu}
             options: dict[str, Any] = {"num_warps": call.num_warps, "num_stages": call.num_stages}
             if gpu:
@@ -278,7 +278,7 @@ def write(dim: int, dtype: torch.dtype, device: str) -> float:
     slots[-4:] = 0
     wanted = cache.clone()
     reference.cache_write(wanted, x, slots)
-    tensors = {"cache": cache, "x": x, "slots": slots}
+    tensors: dict[str, Any] = {"cache": cache, "x": x, "slots": slots}
     operands = Operands(_specs(tensors), {}, {})
     worst = 0.0
     for config in cache_write.candidates(operands):
