@@ -68,10 +68,9 @@ types: $(VENV)/installed-dev
 bench: setup
 	$(BIN)/python -m ingot.benchmarks $(BENCH)
 
-# The GPU machine's own packages are used as they are: the root is found through a link, whatever the clone is called.
-GPU_PATH := $(CURDIR)/build/gpu
-ON_GPU := mkdir -p $(GPU_PATH) && ln -sfn $(CURDIR) $(GPU_PATH)/ingot \
-	&& PYTHONPATH="$(GPU_PATH):$$PYTHONPATH" $(PYTHON_GPU)
+# The GPU machine's own packages are used as they are; `ingot` is found through the link that `types` makes too.
+ON_GPU = mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/ingot \
+	&& PYTHONPATH="$(CURDIR)/$(VENV)/types:$$PYTHONPATH" $(PYTHON_GPU)
 
 test-gpu:
 	$(ON_GPU) -m pytest -m gpu $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -189,61 +190,114 @@ def build(hint: Any, value: Any, source: str, where: str = "") -> Any:
     Raises:
         VerificationError: the first field of another type, missing, unknown, or against a constraint.
     """
-    origin = typing.get_origin(hint)
-    if origin is Annotated:
-        inner, *constraints = typing.get_args(hint)
-        result = build(inner, value, source, where)
-        for constraint in constraints:
-            if why := constraint.complaint(result):
-                refuse(source, where, why)
-        return result
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint):
-        return _build_dataclass(hint, value, source, where)
-    if origin in (tuple, list):
-        return _build_sequence(hint, origin, value, source, where)
-    if origin is dict:
-        _expect(value, dict, source, where)
-        item = typing.get_args(hint)[1]
-        return {key: build(item, entry, source, _join(where, key)) for key, entry in value.items()}
-    _expect(value, hint, source, where)
-    return value
+    try:
+        return _builder(hint)(value)
+    except _Wrong as wrong:
+        for part in reversed(wrong.path):
+            where = f"{where}[{part}]" if isinstance(part, int) else _join(where, part)
+        refuse(source, where, wrong.why)
 
 
-def _build_dataclass(hint: Any, value: Any, source: str, where: str) -> Any:
-    _expect(value, dict, source, where)
-    hints = _hints(hint)
-    for key in value:
-        if key not in hints:
-            refuse(source, _join(where, key), "unknown key")
-    for name in hints:
-        if name not in value:
-            refuse(source, _join(where, name), "missing")
-    return hint(**{name: build(kind, value[name], source, _join(where, name)) for name, kind in hints.items()})
+class _Wrong(Exception):
+    """A value that is refused; its path grows from the inside out while the error passes through."""
 
-
-def _build_sequence(hint: Any, origin: Callable[..., Any], value: Any, source: str, where: str) -> Any:
-    _expect(value, list, source, where)
-    kinds = typing.get_args(hint)
-    if origin is list or kinds[-1] is Ellipsis:
-        if len(value) > MAX_ITEMS:
-            refuse(source, where, f"{len(value)} items are too many, at most {MAX_ITEMS}")
-        kinds = (kinds[0],) * len(value)
-    elif len(value) != len(kinds):
-        refuse(source, where, f"expected {len(kinds)} items, found {len(value)}")
-    return origin(
-        build(kind, item, source, f"{where}[{index}]") for index, (kind, item) in enumerate(zip(kinds, value))
-    )
-
-
-def _expect(value: Any, kind: type, source: str, where: str) -> None:
-    if type(value) is not kind:
-        names = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number with a point"}
-        names |= {bool: "true or false", types.NoneType: "null"}
-        refuse(source, where, f"expected {names.get(kind, kind.__name__)}, found {names[type(value)]}")
+    def __init__(self, why: str, *path: str | int) -> None:
+        self.why, self.path = why, list(path)
 
 
 @functools.cache
-def _hints(hint: type) -> dict[str, Any]:
-    return typing.get_type_hints(hint, include_extras=True)
+def _builder(hint: Any) -> Callable[[Any], Any]:
+    """The function that builds values of a type: made once per type, since a kernel plan has thousands of them."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        inner, *constraints = typing.get_args(hint)
+        return _constrained(_builder(inner), [constraint.complaint for constraint in constraints])
+    if hint is Any:
+        return lambda value: value
+    if dataclasses.is_dataclass(hint):
+        return _dataclass_builder(hint)
+    if origin in (tuple, list):
+        return _sequence_builder(origin, typing.get_args(hint))
+    if origin is dict:
+        return _dict_builder(_builder(typing.get_args(hint)[1]))
+    return lambda value: value if type(value) is hint else _expect(value, hint)
+
+
+def _constrained(inner: Callable[[Any], Any], complaints: list[Callable[[Any], str]]) -> Callable[[Any], Any]:
+    def build_value(value: Any) -> Any:
+        result = inner(value)
+        for complaint in complaints:
+            if why := complaint(result):
+                raise _Wrong(why)
+        return result
+
+    return build_value
+
+
+def _dataclass_builder(hint: Any) -> Callable[[Any], Any]:
+    hints = typing.get_type_hints(hint, include_extras=True)
+    builders = [(name, _builder(kind)) for name, kind in hints.items()]
+
+    def build_object(value: Any) -> Any:
+        _expect(value, dict)
+        if value.keys() != hints.keys():
+            for key in value:
+                if key not in hints:
+                    raise _Wrong("unknown key", key)
+            raise _Wrong("missing", next(name for name in hints if name not in value))
+        fields = []
+        name = ""
+        try:
+            for name, make in builders:
+                fields.append(make(value[name]))
+        except _Wrong as wrong:
+            wrong.path.append(name)
+            raise
+        return hint(*fields)
+
+    return build_object
+
+
+def _sequence_builder(origin: Callable[..., Any], kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
+    any_length = origin is list or kinds[-1] is Ellipsis
+    fixed = [_builder(kind) for kind in (kinds[:1] if any_length else kinds)]
+
+    def build_items(value: Any) -> Any:
+        _expect(value, list)
+        if any_length and len(value) > MAX_ITEMS:
+            raise _Wrong(f"{len(value)} items are too many, at most {MAX_ITEMS}")
+        if not any_length and len(value) != len(fixed):
+            raise _Wrong(f"expected {len(fixed)} items, found {len(value)}")
+        items: list[Any] = []
+        try:
+            for item, make in zip(value, itertools.repeat(fixed[0]) if any_length else fixed):
+                items.append(make(item))
+        except _Wrong as wrong:
+            wrong.path.append(len(items))
+            raise
+        return origin(items)
+
+    return build_items
+
+
+def _dict_builder(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def build_entries(value: Any) -> Any:
+        _expect(value, dict)
+        result = {}
+        for key, entry in value.items():
+            try:
+                result[key] = make(entry)
+            except _Wrong as wrong:
+                wrong.path.append(key)
+                raise
+        return result
+
+    return build_entries
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        names = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number with a point"}
+        names |= {bool: "true or false", types.NoneType: "null"}
+        raise _Wrong(f"expected {names.get(kind, kind.__name__)}, found {names[type(value)]}")
+    return value

@@ -13,7 +13,7 @@ _BLOCK, _STEPS = 4096, 16
 
 
 @triton.jit
-def read_kernel(source, sums, count, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def read_kernel(source, sums, count, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """sums[program] = sum of its STEPS * BLOCK elements."""
     program = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..artifacts.errors import ResourceError
 from ..artifacts.manifest import Constant, EngineEntry
+from ..runtime.engines.plan_layout import engine_memory_bytes
 from .backends.aoti import compile_engine, input_buffers, missing_symbols, output_buffers
 from .backends.cpu_kernels import compile_kernels
 from .console import Progress
@@ -103,11 +104,12 @@ def _compile_cuda(plan: Plan, root: Path, progress: Progress) -> Engines:
     entries = []
     for shape in plan.recipe.engines():
         graph, built = plan.graphs[shape.name], files[shape.name]
+        inputs, outputs = input_buffers(graph), output_buffers(graph)
         entries.append(
             EngineEntry(
                 shape.name, "plan", shape.phase, shape.batch, shape.length, f"engines/{shape.name}.plan.json",
-                input_buffers(graph), output_buffers(graph), tuple(Constant(w, w) for w in built.weights),
-                built.libraries, built.memory_bytes,
+                inputs, outputs, tuple(Constant(w, w) for w in built.weights), built.libraries,
+                engine_memory_bytes(inputs, outputs, built.plan.arena_bytes),
             )
         )  # fmt: skip
     return Engines(tuple(entries), tuning=tuner.chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ingot.artifacts.errors import UsageError
@@ -14,6 +14,7 @@ from ingot.benchmarks.gpu_ceilings import Ceilings
 from ingot.benchmarks.profile import Kind, Profile, main, profile, render
 from ingot.benchmarks.results import Pass
 from ingot.benchmarks.step_timer import MOST_STEPS
+from ingot.runtime.engines.cuda import Driver
 
 from ..runtime.fake_cuda import FakeDriver, FakeEvent
 from ..runtime.plan_artifact import KERNELS, plan_manifest, write_plan_artifact
@@ -72,7 +73,7 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_kinds_are_timed_alone_and_the_graph_as_a_whole(artifact: Path) -> None:
     gpu = Clock()
-    found = profile(artifact, "decode-b1", 10, lambda: gpu)
+    found = profile(artifact, "decode-b1", 10, lambda: cast(Driver, gpu))
     assert [(k.label, len(k.places), k.read_bytes) for k in found.kinds] == [
         ("advance", 1, 0), ("cache_write", 2, 0), ("model", 1, 3000)
     ]  # fmt: skip
@@ -83,9 +84,9 @@ def test_kinds_are_timed_alone_and_the_graph_as_a_whole(artifact: Path) -> None:
 
 def test_what_cannot_be_profiled(artifact: Path) -> None:
     with pytest.raises(UsageError, match="decode-b9"):
-        profile(artifact, "decode-b9", 10, Clock)
+        profile(artifact, "decode-b9", 10)
     with pytest.raises(UsageError, match="too long"):
-        profile(artifact, "decode-b1", 100, Clock)
+        profile(artifact, "decode-b1", 100)
 
 
 def test_attention_reads_what_it_sees() -> None:

@@ -1,4 +1,4 @@
-"""Lets Inductor and Triton generate code for a GPU (sm_90) on a machine that has none: they only have to believe in one.
+"""Lets Inductor and Triton generate code for a GPU (sm_90) on a machine that has none: they only have to believe it.
 
 For tests of the CUDA back end: nothing is launched. `pretend()` is a context manager.
 """
@@ -42,6 +42,7 @@ class _Driver:
 def pretend() -> Iterator[None]:
     """Inside, torch compiles for a GPU that is not there."""
     from torch._dynamo.device_interface import CudaInterface
+    from torch._subclasses import fake_tensor
     from torch._inductor.runtime import triton_helpers
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
     from triton.runtime.driver import driver
@@ -67,6 +68,9 @@ def pretend() -> Iterator[None]:
                 stack.enter_context(mock.patch.object(CudaInterface, name, staticmethod(answer(value))))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", answer(0), create=True))
         stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", answer(None)))
+        # A torch that is built for CUDA would look for a driver.
+        stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", answer(None)))
+        stack.enter_context(mock.patch.object(torch.cuda, "_lazy_init", answer(None)))
         stack.enter_context(mock.patch.object(CachingAutotuner, "_make_launchers", answer(None)))
         driver.set_active(_Driver())
         try:

@@ -46,9 +46,7 @@ def planned(family: str, dtype: str, folder: Path, device: str = "cuda") -> Tiny
     (folder / "config.json").write_text(json.dumps(subject.config))
     recipe = recipe_for(folder, "tiny", "random")
     model = dataclasses.replace(recipe.model, dtype=dtype)
-    plan, module = make_plan(
-        dataclasses.replace(recipe, target=Target(device=device), model=model), SilentProgress()
-    )
+    plan, module = make_plan(dataclasses.replace(recipe, target=Target(device=device), model=model), SilentProgress())
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
     checkpoint = RandomCheckpoint(shapes, getattr(torch, dtype), 3)
     tied = {n: m for n, p in module.named_parameters(remove_duplicate=False)

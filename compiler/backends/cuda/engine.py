@@ -37,12 +37,11 @@ KERNELS_FOLDER = "engines/kernels"
 
 @dataclass
 class EngineFiles:
-    """What one engine became: its plan, the weights it reads, its cubins' paths, and its memory on the device."""
+    """What one engine became: its plan, the weights it reads, and its cubins' paths."""
 
     plan: KernelPlan
     weights: tuple[str, ...]
     libraries: tuple[str, ...]
-    memory_bytes: int
 
 
 def providers() -> dict[Any, Any]:
@@ -149,7 +148,6 @@ def _emit(engine: Lowered, arena_bytes: int, arch: str) -> EngineFiles:
     listed: list[PlanKernel] = []
     launches = []
     weights: dict[str, None] = {}
-    outside: dict[tuple[str, str], int] = {}
     for launch in engine.launches:
         kernel = launch.kernel
         if kernel.name not in kernels:
@@ -160,15 +158,13 @@ def _emit(engine: Lowered, arena_bytes: int, arch: str) -> EngineFiles:
                 buffer = argument.buffer
                 if buffer.space == "weight":
                     weights[buffer.name] = None
-                elif buffer.space in ("input", "output"):
-                    outside[buffer.space, buffer.name] = buffer.padded
         arguments = tuple(_argument(a) for a in launch.arguments) + (_NULL,) * kernel.hidden
         launches.append(
             PlanLaunch(kernels[kernel.name], launch.grid, arguments, launch.dependent, launch.label, launch.read_bytes)
         )
     zeroed = tuple(ZeroRegion(b.offset, b.nbytes) for b in engine.buffers if b.zeroed)
     plan = KernelPlan(PLAN_VERSION, arch, arena_bytes, zeroed, tuple(listed), tuple(launches))
-    return EngineFiles(plan, tuple(weights), plan.files(), arena_bytes + sum(outside.values()))
+    return EngineFiles(plan, tuple(weights), plan.files())
 
 
 _NULL = PlanArgument("null", "", 0, 0, "", 0, 0.0)
