@@ -116,6 +116,14 @@ class KernelPlan:
         """The canonical form: keys sorted, ASCII, one newline at the end."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
+    def summary(self) -> list[dict[str, str | int]]:
+        """What it launches, for people: label, launches and bytes read of each, in the order of their first launch."""
+        found: dict[str, tuple[int, int]] = {}
+        for launch in self.launches:
+            count, read = found.get(launch.label, (0, 0))
+            found[launch.label] = (count + 1, read + launch.read_bytes)
+        return [{"label": k, "launches": count, "read_bytes": read} for k, (count, read) in found.items()]
+
     def files(self) -> tuple[str, ...]:
         """The cubins it needs, each once, in the order of their first use."""
         return tuple(dict.fromkeys(kernel.file for kernel in self.kernels))

@@ -99,7 +99,7 @@ def _report(asked: Asked, command: list[str]) -> Report:
     Raises:
         UsageError: the file is no report.
     """
-    head, changed = commit()
+    head, changed = (asked.commit, False) if asked.commit else commit()
     created = datetime.now(UTC).isoformat(timespec="seconds")
     repetitions = asked.options.repetitions
     report = Report(created, head, changed, command, repetitions, describe_machine(), versions())
@@ -108,7 +108,8 @@ def _report(asked: Asked, command: list[str]) -> Report:
         if (earlier.commit, earlier.repetitions, earlier.machine.cpu) == (head, repetitions, report.machine.cpu):
             report.models, report.reads, report.matmuls = earlier.models, earlier.reads, earlier.matmuls
         else:
-            print("--resume: the file is of another commit, machine or number of repetitions", file=sys.stderr)
+            why = "its file is of another commit, machine or number of repetitions"
+            print(f"--resume: {why}; everything is measured anew", file=sys.stderr)
     return report
 
 

@@ -71,7 +71,10 @@ def ensure_artifact(
 
 
 def stale(recipe: Recipe, folder: Path) -> str:
-    """Why the artifact in `folder` cannot stand for this recipe; empty when it can."""
+    """Why the artifact in `folder` cannot stand for this recipe; empty when it can.
+
+    What the recipe says counts, not when its file was written: a copied tree is all new.
+    """
     if not (folder / FILE_NAME).is_file():
         return "there is no artifact yet"
     try:
@@ -83,8 +86,6 @@ def stale(recipe: Recipe, folder: Path) -> str:
         return "the artifact was built from another recipe"
     if manifest.ingot_version != __version__:
         return f"the artifact was built by Ingot {manifest.ingot_version}"
-    if (folder / FILE_NAME).stat().st_mtime < recipe.file.stat().st_mtime:
-        return "the recipe is newer than the artifact"
     return ""
 
 

@@ -19,7 +19,10 @@ _PEERS = ("transformers", "gpt-fast", "none")
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be done. `target` is where the JSON goes, None for nowhere; `resume` completes what is there."""
+    """What is to be done. `target` is where the JSON goes, None for nowhere; `resume` completes what is there.
+
+    `commit` is the source tree's where the tree does not know it; empty to ask git.
+    """
 
     device: str
     subjects: tuple[Subject, ...]
@@ -27,6 +30,7 @@ class Asked:
     quick: bool
     target: Path | None
     resume: bool
+    commit: str = ""
 
 
 def understand(words: Sequence[str]) -> Asked:
@@ -56,7 +60,7 @@ def understand(words: Sequence[str]) -> Asked:
         tuple(p for p in args.parts if p != "build"), tuple(args.tests), tuple(args.peer_batches), args.gpt_fast,
         not args.warm_builds, Budget(args.budget_seconds),
     )  # fmt: skip
-    return Asked(args.device, tuple(subjects), options, args.quick, _target(args.json), args.resume)
+    return Asked(args.device, tuple(subjects), options, args.quick, _target(args.json), args.resume, args.commit)
 
 
 def _peers(args: argparse.Namespace) -> tuple[str, ...]:
@@ -92,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="few tokens, 2 repetitions, no large model unless named")
     add("--json", metavar="FILE", help="keep the results; a NAME means benchmarks/results/NAME.json")
     add("--resume", action="store_true", help="measure only what the file of --json lacks")
+    add("--commit", default="", metavar="HASH", help="of the sources, where they are a copy without .git")
     add("--repetitions", type=int, metavar="N", help="default 5")
     add("--artifacts", type=Path, default=Path("artifacts/built"), metavar="DIR", help="default: artifacts/built")
     add("--rebuild", action="store_true", help="build every artifact, to measure the builds")

@@ -67,6 +67,8 @@ def measure(gigabytes: int, passes: int, size: int) -> dict[str, Any]:
     """Everything the child prints. A way of reading that fails is left out and named in `problem`."""
     import torch
 
+    if not torch.cuda.is_available():
+        sys.exit(f"torch {torch.__version__} sees no GPU")
     facts = torch.cuda.get_device_properties(0)
     reads, problems = measure_reads(torch, gigabytes * 10**9, passes)
     left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
+from ..compiler.backends.cuda.kernels import KernelStore
+from ..compiler.backends.cuda.lower import Call
 from ..compiler.backends.cuda.tune import compile_ahead, measure
 from ..runtime.ops.cuda import attention_step, linear, paged_attention, sample
-from ..runtime.ops.cuda.spec import Config, Operands, TensorSpec
+from ..runtime.ops.cuda.spec import Operands, TensorSpec
 
 CONFIGS = Path(__file__).resolve().parent.parent / "recipes" / "configs"
 
@@ -163,17 +165,16 @@ def main() -> int:
     del big
     print(f"{torch.cuda.get_device_name()}: torch sum reads {ceiling:.0f} GB/s", flush=True)
     every = [c for m in args.models for c in cases(m, args.batches, args.lengths, args.contexts) if args.only in c.name]
-    calls: list[tuple[Any, Operands, Config]] = [
-        (c.provider, c.operands, config) for c in every for config in c.provider.candidates(c.operands)
-    ]
-    compile_ahead(calls)
-    print(f"[{time.monotonic() - begin:.0f} s] {len(calls)} candidates compiled", file=sys.stderr, flush=True)
+    major, minor = torch.cuda.get_device_capability()
+    store = KernelStore(10 * major + minor)
+    compile_ahead(store, [Call("", c.provider, c.operands) for c in every])
+    print(f"[{time.monotonic() - begin:.0f} s] kernels of {len(every)} calls compiled", file=sys.stderr, flush=True)
     for case in every:
         if time.monotonic() - begin > args.seconds:
             print("out of time")
             break
         configs = case.provider.candidates(case.operands)
-        rows = list(zip(measure(case.provider, case.operands, configs, case.context), configs))
+        rows = list(zip(measure(store, case.provider, case.operands, configs, case.context), configs))
         best = min(t for t, _ in rows)
         print(f"{case.name}:")
         for microseconds, config in rows:

@@ -26,7 +26,7 @@ _WORDS = {
     "build_s": ("build time", "s"),
     "build_peak_over_checkpoint": ("build memory over checkpoint", "×"),
 }
-# ms: of a decode step, which is the time per token of each row (TPOT), or of a prompt to its first token (TTFT).
+_MS = "ms: of a decode step, the time per token of each row (TPOT); of a prompt, the time to its first token (TTFT)."
 _SPEED = (
     *("model", "size", "params", "dtype", "engine", "test", "tok/s", "median", "ms"),
     *("needs", "per second", "of ceiling"),
@@ -36,7 +36,7 @@ _SPEED = (
 def render(report: Report) -> str:
     """The whole report: machine, speed, start and memory, builds, goals, notes."""
     measured = [m for m in report.models if not m.skipped]
-    parts = [_heading(report), "### Speed\n\n" + speed_table(report, measured)]
+    parts = [_heading(report), "### Speed\n\n" + speed_table(report, measured), _MS]
     if any(m.find(OURS, "start") for m in measured):
         parts.append("### Process start to first token\n\n" + start_table(measured))
     if any(m.artifact_bytes for m in measured):

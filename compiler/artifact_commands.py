@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from ..artifacts.errors import UsageError, VerificationError
+from ..artifacts.kernel_plan import KernelPlan
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import check, open_artifact
 from .console import print_table, printable, size_text
@@ -64,7 +65,15 @@ def inspect(args: argparse.Namespace) -> int:
     """Say what an artifact is, without running or digesting anything."""
     artifact = open_artifact(args.artifact, verify="sizes")
     facts = describe(artifact.manifest)
-    print(json.dumps(facts, indent=1)) if args.json else print_artifact(facts)
+    plans = [engine for engine in artifact.manifest.engines if engine.kind == "plan"]
+    kernels = {e.name: KernelPlan.from_json(artifact.path(e.file).read_bytes(), e.file).summary() for e in plans}
+    if args.json:
+        print(json.dumps({**facts, **({"kernels": kernels} if kernels else {})}, indent=1))
+        return 0
+    print_artifact(facts)
+    for name, rows in kernels.items():
+        table = [(row["label"], row["launches"], size_text(int(row["read_bytes"]))) for row in rows]
+        print_table(f"kernels of {name}", ("kernel", "launches", "weights read"), table)
     return 0
 
 

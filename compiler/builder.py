@@ -19,7 +19,7 @@ from ..passes.instruments import PassRecord
 from . import gate as numeric_gate
 from .assets import write_assets
 from .console import Progress
-from .engines import compile_all
+from .engines import compile_all, require_gpu
 from .gate import GateTokens
 from .model_weights import ModelWeights, open_weights
 from .pipelines import PIPELINE, select
@@ -56,6 +56,8 @@ def build(
     Raises:
         UsageError (2), UnsupportedModelError (3), GateError (4), ResourceError (5).
     """
+    if recipe.target.device == "cuda":
+        require_gpu()
     clock = _Clock()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with clock("trace and passes"):

@@ -86,7 +86,6 @@ def require_gpu() -> None:
 
 
 def _compile_cuda(plan: Plan, root: Path, progress: Progress) -> Engines:
-    require_gpu()
     import torch
 
     from .backends.cuda.engine import compile_engines
@@ -94,10 +93,11 @@ def _compile_cuda(plan: Plan, root: Path, progress: Progress) -> Engines:
     from .backends.cuda.tune import Tuner, default_cache
 
     major, minor = torch.cuda.get_device_capability()
-    tuner = Tuner(default_cache(), progress.update)
+    store = KernelStore(10 * major + minor)
+    tuner = Tuner(store, default_cache(), progress.update)
     with progress.stage("compile engines", total=len(plan.graphs)):
         files = compile_engines(
-            plan.graphs, root, tuner, KernelStore(10 * major + minor), lambda name: progress.update(name, advance=1),
+            plan.graphs, root, tuner, store, lambda name: progress.update(name, advance=1),
             tuner.prepare if plan.recipe.target.autotune else None,
         )  # fmt: skip
     tuner.save()

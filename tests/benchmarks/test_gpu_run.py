@@ -14,7 +14,7 @@ from ingot.artifacts.manifest import CacheLayer
 from ingot.benchmarks import __main__ as command
 from ingot.benchmarks import builds, command_line, gpu_run, run, subjects
 from ingot.benchmarks.budget import Budget, OutOfTime
-from ingot.benchmarks.gpu_ceilings import Ceilings
+from ingot.benchmarks.gpu_ceilings import Ceilings, gpu_ceilings
 from ingot.benchmarks.results import Build, Matmul, Model, Pass, Report
 from ingot.benchmarks.workload import decode, prefill
 from ingot.runtime.weights import StoredTensor, WeightsFile
@@ -224,16 +224,18 @@ def test_the_command_measures_the_ceilings_and_completes_a_file(
 ) -> None:
     found = Ceilings("", "Some GPU", 10**11, 5 * 10**7, [Pass("read", 4000.0)], [Matmul("mm", 700.0)])
     monkeypatch.setattr(command, "gpu_ceilings", lambda quick, timeout: found)
-    monkeypatch.setattr(command, "commit", lambda: ("abc", False))
     file, fake.max_length = tmp_path / "r.json", 1024
     words = ["--device", "cuda", "--models", "llama-3.2-1b", "--peers", "none", "--json", str(file), "--resume"]
-    words += ["--repetitions", "2", "--tests", "pp512"]
+    words += ["--repetitions", "2", "--tests", "pp512", "--commit", "abc"]
     assert command.main([*words, "--parts", "speed"]) == 0
     assert command.main([*words, "--parts", "start"]) == 0
     report = Report.from_json(file.read_bytes(), "r.json")
     assert [s.test for s in report.models[0].series] == ["pp512", "start", "peak"]
     assert (report.read_gb_s, report.matmul_tflop_s, report.machine.gpu) == (4000.0, 700.0, "Some GPU")
+    assert report.commit == "abc"
     assert "Some GPU" in capsys.readouterr().out
+    assert command.main([*words, "--commit", "def", "--parts", "build"]) == 0
+    assert not Report.from_json(file.read_bytes(), "r.json").models[0].series
 
 
 @pytest.mark.parametrize(
@@ -269,3 +271,9 @@ def test_query_heads_come_from_the_config(tmp_path: Path) -> None:
     chosen = next(s for s in GPU if s.name == "llama-3.1-8b")
     assert gpu_run.query_heads(builds.open_recipe(chosen, None)) == 32
     assert json.loads(run.peer_source(builds.open_recipe(chosen, None)).read_text())["num_attention_heads"] == 32
+
+
+def test_without_a_gpu_the_ceilings_are_a_problem_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = gpu_ceilings(quick=True, timeout=120)
+    assert "sees no GPU" in found.problem and not found.reads and not found.matmuls

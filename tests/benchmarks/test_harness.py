@@ -81,7 +81,6 @@ def built(tmp_path: Path) -> tuple[Recipe, Path]:
     folder.mkdir()
     made = replace(manifest(()), recipe={**recipe.to_dict(), "weights_digest": "0"})
     (folder / "manifest.json").write_text(made.to_json())
-    os.utime(recipe.file, (1000, 1000))
     return recipe, folder
 
 
@@ -93,8 +92,6 @@ def test_unfit_artifacts_are_not(built: tuple[Recipe, Path], tmp_path: Path) -> 
     recipe, folder = built
     assert "another recipe" in builds.stale(replace(recipe, name="y"), folder)
     assert "no artifact" in builds.stale(recipe, tmp_path / "nowhere")
-    os.utime(folder / "manifest.json", (500, 500))
-    assert "newer" in builds.stale(recipe, folder)
     (folder / "manifest.json").write_text("{")
     assert builds.stale(recipe, folder)
 

@@ -42,9 +42,9 @@ class _Driver:
 def pretend() -> Iterator[None]:
     """Inside, torch compiles for a GPU that is not there."""
     from torch._dynamo.device_interface import CudaInterface
-    from torch._subclasses import fake_tensor
     from torch._inductor.runtime import triton_helpers
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._subclasses import fake_tensor
     from triton.runtime.driver import driver
 
     fixed = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ingot.compiler.backends.cuda.engine import EngineFiles, compile_engines
+from ingot.compiler.backends.cuda.engine import OUTPUTS, EngineFiles, compile_engines
 from ingot.compiler.backends.cuda.kernels import Compiled, KernelStore
 from ingot.compiler.backends.cuda.lower import Choose
 from ingot.compiler.console import SilentProgress
@@ -24,6 +24,7 @@ from ingot.compiler.families import recipe_for, subjects
 from ingot.compiler.plan import Plan, make_plan
 from ingot.compiler.random_weights import RandomCheckpoint
 from ingot.compiler.recipe_sections import Target
+from ingot.passes.graph import TracedGraph
 from ingot.passes.weights import Load
 from ingot.runtime.ops.cuda.spec import TRITON_DTYPES, KernelCall
 from safetensors.torch import save_file
@@ -106,6 +107,19 @@ def _type(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def outside(traced: TracedGraph) -> dict[str, int]:
+    """Bytes of an engine's inputs, outputs and caches by name."""
+    output = next(n for n in traced.graph.nodes if n.op == "output")
+    named = {str(n.target): n for n in traced.graph.nodes if n.op == "placeholder"}
+    named |= dict(zip(OUTPUTS, output.args[0]))
+    return {name: nbytes(node.meta["val"]) for name, node in named.items()}
+
+
+def nbytes(value: torch.Tensor) -> int:
+    """Bytes of a contiguous tensor, on `meta` too."""
+    return value.numel() * value.dtype.itemsize
+
+
 def record(tiny: Tiny, root: Path, choose: Choose | None = None) -> None:
     """Compile into `root`, with all that `plan_simulator.py` needs: sources of the kernels, weights, sizes."""
     store = RecordingStore()
@@ -114,16 +128,12 @@ def record(tiny: Tiny, root: Path, choose: Choose | None = None) -> None:
         if "file" in origin:
             origin["file"] = str(shutil.copy(origin["file"], root / f"inductor_{number}.py"))
     weights: dict[str, torch.Tensor] = {}
-    sizes: dict[str, dict[str, int]] = {}
     for name, traced in tiny.plan.graphs.items():
         for attribute in traced.weights.entries:
             value = traced.weights.evaluate(attribute, tiny.load).contiguous()
             if not torch.equal(weights.setdefault(attribute, value), value):
                 raise ValueError(f"{attribute} is another weight in {name}")
-        output = next(n for n in traced.graph.nodes if n.op == "output")
-        outside = {str(n.target): n for n in traced.graph.nodes if n.op == "placeholder"}
-        outside |= dict(zip(("next_tokens", "logits", "sampled_logits"), output.args[0]))
-        sizes[name] = {n: node.meta["val"].numel() * node.meta["val"].dtype.itemsize for n, node in outside.items()}
+    sizes = {name: outside(traced) for name, traced in tiny.plan.graphs.items()}
     save_file({n: t.clone() for n, t in weights.items()}, root / "weights.safetensors")
     (root / "sizes.json").write_text(json.dumps(sizes))
     (root / "origins.json").write_text(json.dumps(store.origins))

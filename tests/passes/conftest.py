@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 LENGTH = 8
 DECODE = Context("decode", 2, 1, max_length=32, block_size=4, num_blocks=17, max_blocks=8, scheme="W8A16")
 PREFILL = Context("prefill", 1, LENGTH, max_length=32, block_size=4, num_blocks=17, max_blocks=8)
+CUDA = Context("decode", 2, 1, "cuda", max_length=32, block_size=4, num_blocks=17, max_blocks=8)
 # Prefill is not quantized here, so that all its passes are exact and SelectKernels has something to do.
 SUBJECTS = [
     ("llama", "float32", DECODE),
@@ -43,12 +45,14 @@ SUBJECTS = [
     ("gpt2", "float32", PREFILL),
     ("mixtral", "float32", PREFILL),
     ("gpt_oss", "bfloat16", PREFILL),
+    ("llama", "float32", CUDA),
+    ("gemma2", "bfloat16", dataclasses.replace(PREFILL, device="cuda")),
 ]
 
 
 def subject_name(family: str, dtype: str, ctx: Context) -> str:
     """How a subject is called in test ids."""
-    return f"{family}-{dtype}-{ctx.phase}"
+    return f"{family}-{dtype}-{ctx.phase}" + ("-cuda" if ctx.device == "cuda" else "")
 
 
 NAMES = [subject_name(*s) for s in SUBJECTS]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from ingot.passes.plan.sample import SAMPLING_INPUTS, SampleTokens
 
@@ -38,6 +40,24 @@ def test_prefill_counts_by_the_last_tokens_position() -> None:
         return [%3, logits]
     """)
     assert SampleTokens.leaves == Stage.CACHED
+
+
+def test_on_the_gpu_the_host_gets_the_logit_of_each_token() -> None:
+    """Logits stay on the device: in these the host looks for NaN."""
+    b = Builder(2, 1)
+    b.input("block_tables", 2, 8, dtype=torch.int32)
+    before = b.done(b.input("logits", 2, 11))
+    after, _ = apply(SampleTokens(), before, dataclasses.replace(DECODE, device="cuda"))
+    assert text(after) == lines("""
+        %0 = aten.reshape(positions, [2])
+        %1 = ingot.sample(logits, temperature, top_k, top_p, min_p, seeds, %0)
+        %2 = aten.reshape(%1, [2, 1])
+        %3 = aten.gather(logits, 1, %2)
+        %4 = aten.reshape(%3, [2])
+        return [%1, logits, %4]
+    """)
+    tokens, logits, picked = values(after, top_k=torch.zeros(2, dtype=torch.int32), min_p=torch.zeros(2))
+    assert torch.equal(picked, logits[torch.arange(2), tokens])
 
 
 def test_a_row_gets_the_same_token_from_prefill_and_decode() -> None:

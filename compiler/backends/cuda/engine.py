@@ -178,13 +178,3 @@ def _argument(argument: Argument) -> PlanArgument:
     buffer = argument.buffer
     base = buffer.offset if buffer.space == "arena" else 0
     return PlanArgument(buffer.space, buffer.name, base + argument.offset, argument.nbytes, "", 0, 0.0)
-
-
-def describe(plan: KernelPlan) -> list[dict[str, Any]]:
-    """The kernels of a plan for people: label, launches, bytes read."""
-    rows: dict[str, dict[str, Any]] = {}
-    for launch in plan.launches:
-        row = rows.setdefault(launch.label, {"label": launch.label, "launches": 0, "read_bytes": 0})
-        row["launches"] += 1
-        row["read_bytes"] += launch.read_bytes
-    return list(rows.values())

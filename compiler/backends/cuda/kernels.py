@@ -73,8 +73,7 @@ class KernelStore:
         constants = {(i,): call.constants[name] for i, name in enumerate(names) if name not in types}
         try:
             source = ASTSource(fn=call.function, signature=signature, constexprs=constants, attrs=attrs)
-            # The same options as when it is measured, so that Triton's own cache serves both.
-            options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "launch_pdl": call.dependent}
+            options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
             compiled = triton.compile(source, target=self._target, options=options)
         except Exception as error:
             reason = str(error).strip().splitlines()

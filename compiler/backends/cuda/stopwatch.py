@@ -1,0 +1,134 @@
+"""Times one call of an op on the GPU, as an engine would run it."""
+
+from __future__ import annotations
+
+import ctypes
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ....runtime.engines.cuda import Driver
+from ....runtime.ops.cuda.spec import Lowering, Operands, TensorSpec
+from .kernels import Compiled, KernelStore
+
+# Copies of what an engine reads cold: together several times the L2 cache.
+_COLD_BYTES = 256 << 20
+_MOST_COPIES = 12
+_REPLAYS = 4
+_COLD = ("weight", "k_cache", "v_cache")
+
+
+class Stopwatch:
+    """Tensors in the layout of one call's operands, made once and used for all of its configurations.
+
+    Args:
+        context: tokens in the cache of every row, for attention.
+    """
+
+    def __init__(self, operands: Operands, context: int) -> None:
+        self._driver = Driver()
+        self._stream = self._driver.stream()
+        first = _tensors(operands, context)
+        cold = {name: first[name] for name in _COLD if name in first}
+        nbytes = sum(t.untyped_storage().nbytes() for t in cold.values()) or _COLD_BYTES
+        copies = max(2, min(_MOST_COPIES, -(-_COLD_BYTES // nbytes) + 1))
+        self._sets = [{**first, **({name: t.clone() for name, t in cold.items()} if i else {})} for i in range(copies)]
+        torch.cuda.synchronize()
+
+    def __enter__(self) -> Stopwatch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._sets = []
+        self._driver.destroy_stream(self._stream)
+        self._driver.close()
+
+    def time(self, store: KernelStore, lowering: Lowering) -> float:
+        """Microseconds of one call.
+
+        Raises:
+            ResourceError: a kernel does not compile, or the device refuses it.
+        """
+        driver, stream = self._driver, self._stream
+        scratch = {
+            n: (torch.zeros if s.zeroed else torch.empty)(s.shape, dtype=getattr(torch, s.dtype), device="cuda")
+            for n, s in lowering.scratch.items()
+        }  # fmt: skip
+        torch.cuda.synchronize()
+        functions: dict[str, tuple[Any, Any]] = {}
+        try:
+            launches = [
+                self._resolved(store, functions, call, {**bound, **scratch})
+                for bound in self._sets for call in lowering.calls
+            ]  # fmt: skip
+            driver.begin_capture(stream)
+            for function, grid, kernel, arguments, dependent in launches:
+                driver.launch(function, grid, kernel.threads, kernel.shared_bytes, arguments, stream, dependent)
+            graph = driver.end_capture(stream)
+            try:
+                return self._replay(graph) * 1000 / len(self._sets)
+            finally:
+                driver.destroy_graph(graph)
+        finally:
+            driver.synchronize(stream)
+            for module, _ in functions.values():
+                driver.unload_module(module)
+
+    def _resolved(
+        self, store: KernelStore, functions: dict[str, tuple[Any, Any]], call: Any, bound: dict[str, torch.Tensor]
+    ) -> tuple[Any, tuple[int, int, int], Compiled, list[Any], bool]:
+        tensors = [bound[operand] for operand in call.pointers.values()]
+        kernel = store.add(call, [t.dtype for t in tensors], [t.data_ptr() % 16 == 0 for t in tensors])
+        if kernel.name not in functions:
+            module = self._driver.load_module(kernel.cubin)
+            functions[kernel.name] = (module, self._driver.function(module, kernel.symbol, kernel.shared_bytes))
+        order = [n for n in call.function.arg_names if n in call.pointers]
+        addresses = [bound[call.pointers[name]].data_ptr() for name in order] + [0] * kernel.hidden
+        arguments = [ctypes.c_void_p(address) for address in addresses]
+        return functions[kernel.name][1], call.grid, kernel, arguments, call.dependent
+
+    def _replay(self, graph: Any) -> float:
+        """Milliseconds of the graph, the best of a few: what disturbs a run only makes it slower."""
+        driver, stream = self._driver, self._stream
+        begin, end = driver.event(timing=True), driver.event(timing=True)
+        try:
+            driver.launch_graph(graph, stream)
+            times = []
+            for _ in range(_REPLAYS):
+                driver.record(begin, stream)
+                driver.launch_graph(graph, stream)
+                driver.record(end, stream)
+                driver.wait(end)
+                times.append(driver.elapsed_ms(begin, end))
+            return min(times)
+        finally:
+            driver.destroy_event(begin)
+            driver.destroy_event(end)
+
+
+def _tensors(operands: Operands, context: int) -> dict[str, torch.Tensor]:
+    """Random values in the layout of the operands; positions and tables are those of full rows."""
+    made = {n: _tensor(s) for n, s in {**operands.tensors, **operands.outputs}.items() if s is not None}
+    table, positions = made.get("block_tables"), made.get("positions")
+    if table is not None and positions is not None:
+        cache = next(t for n, t in made.items() if n in ("k_cache", "cache"))
+        rows, width = table.shape
+        table.copy_((torch.arange(rows * width, device="cuda").reshape(rows, width) % cache.shape[0]).to(table.dtype))
+        length = positions.shape[-1]
+        last = min(max(context, length - 1), width * cache.shape[1] - 1)
+        positions.copy_(torch.arange(last - length + 1, last + 1, device="cuda").expand_as(positions))
+    return made
+
+
+def _tensor(spec: TensorSpec) -> torch.Tensor:
+    span = sum((s - 1) * t for s, t in zip(spec.shape, spec.strides)) + 1 if 0 not in spec.shape else 0
+    dtype = getattr(torch, spec.dtype)
+    flat = torch.empty(max(span, 1), dtype=dtype, device="cuda")
+    if dtype.is_floating_point:
+        flat.normal_(0.0, 0.05)
+    else:
+        flat.zero_()
+    return torch.as_strided(flat, spec.shape, spec.strides)
