@@ -39,7 +39,8 @@ class Case:
 
 def dense(*shape: int, dtype: str = "bfloat16") -> TensorSpec:
     """A contiguous tensor."""
-    strides, step = [], 1
+    strides: list[int] = []
+    step = 1
     for size in reversed(shape):
         strides.insert(0, step)
         step *= size

@@ -6,10 +6,11 @@ anywhere else knows one of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -115,13 +116,20 @@ def compiled(recipe: Recipe, root: Path, prompts: Tokens) -> tuple[Tokens, Token
     return alone, batched
 
 
-def eager(recipe: Recipe, root: Path, prompts: Tokens) -> tuple[Tokens, Tokens]:
-    """Tokens of the recipe's planned graphs without compiling them."""
-    root.mkdir()
+@contextlib.contextmanager
+def eager(recipe: Recipe, root: Path) -> Iterator[LLM]:
+    """The recipe's planned graphs without compiling them."""
     plan, model = make_plan(recipe, SilentProgress())
     weights = open_weights(model, plan.folder, recipe.model.dtype, recipe.model.seed)
     manifest: Manifest = planned_manifest(plan, weights, root)
     with LLM(OpenArtifact(root, manifest), engine_group=EagerGroup(plan.graphs, weights.load)) as llm:
+        yield llm
+
+
+def uncompiled(recipe: Recipe, root: Path, prompts: Tokens) -> tuple[Tokens, Tokens]:
+    """As `compiled`, of the planned graphs run eagerly in this process."""
+    root.mkdir()
+    with eager(recipe, root) as llm:
         return greedy_tokens(llm, prompts, NEW_TOKENS)
 
 
@@ -157,7 +165,7 @@ def try_family(
         rng = np.random.default_rng(5)
         prompts = [rng.integers(3, subject.config["vocab_size"], n).tolist() for n in PROMPT_LENGTHS]
         recipe = recipe_for(folder, name, device=device)
-        alone, batched = (compiled if compile_engines else eager)(recipe, root, prompts)
+        alone, batched = (compiled if compile_engines else uncompiled)(recipe, root, prompts)
         want = expected(model, prompts)
     row |= {"prompts": len(prompts), "tokens": sum(map(len, want))}
     row |= {"alone": _agreeing(want, alone), "batched": _agreeing(want, batched)}

@@ -165,7 +165,7 @@ def test_a_bad_field_is_named(path: str, value: Any, named: str) -> None:
     ("path", "value", "named", "why"),
     [
         (f"{ARGUMENT}.nbytes", 3841, "launches[0].arguments[0]", "ends outside of the arena of 4096 bytes"),
-        (f"{ARGUMENT}.offset", 1 << 62, "launches[0].arguments[0]", "ends outside of the arena"),
+        (f"{ARGUMENT}.offset", 1 << 50, "launches[0].arguments[0]", "ends outside of the arena"),
         ("zeroed.0.nbytes", 4097, "zeroed[0]", "ends outside of the arena"),
         ("zeroed.0.offset", 4000, "zeroed[0]", "ends outside of the arena"),
         ("launches.0.arguments.3.dtype", "", "launches[0].arguments[3]", "a scalar has a dtype"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -57,7 +58,7 @@ def pretend() -> Iterator[None]:
         "raise_if_triton_unavailable": None, "is_available": True,
     }  # fmt: skip
 
-    def answer(value: object) -> object:
+    def answer(value: object) -> Any:
         return lambda *_, **__: value
 
     with contextlib.ExitStack() as stack:

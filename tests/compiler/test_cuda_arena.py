@@ -84,9 +84,8 @@ def test_a_chain_takes_two_buffers_in_turn() -> None:
 
 
 def test_a_gap_is_filled() -> None:
-    long, early, late = (
-        Buffer("arena", "", n, first=f, last=last) for n, f, last in ((4096, 0, 1), (1, 0, 0), (1, 1, 1))
-    )
+    sizes = {(0, 1): 4096, (0, 0): 1, (1, 1): 1}
+    long, early, late = (Buffer("arena", "", size, first=f, last=last) for (f, last), size in sizes.items())
     assert place([early, late, long], 0) == 4096 + ALIGNMENT
     assert early.offset == late.offset
 

@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from ingot.artifacts.errors import ResourceError, UnsupportedModelError
@@ -29,7 +29,7 @@ class Built:
     root: Path
 
 
-def build(family: str, dtype: str, root: Path) -> Built:
+def build(family: str, dtype: Literal["float32", "bfloat16"], root: Path) -> Built:
     from .tiny_plans import compiled, nbytes, outside, planned
 
     tiny = planned(family, dtype, root)
@@ -47,7 +47,8 @@ def build(family: str, dtype: str, root: Path) -> Built:
 
 @pytest.fixture(scope="session", params=[("llama", "bfloat16"), ("qwen3", "float32")], ids="-".join)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return build(*request.param, tmp_path_factory.mktemp("plans"))
+    family, dtype = request.param
+    return build(family, dtype, tmp_path_factory.mktemp("plans"))
 
 
 def pointers(plan: KernelPlan) -> list[PlanArgument]:

@@ -56,11 +56,10 @@ def recorded_steps(eager: EagerGroup) -> tuple[list[tuple[str, dict[str, Tensor]
         tables[row, :used], free = free[:used], free[used:]
         for start in range(0, size, CHUNK):
             piece = prompt[start : start + CHUNK]
-            inputs = greedy(1)
+            inputs = {**greedy(1), "last_index": np.array([len(piece) - 1]), "block_tables": tables[row : row + 1]}
             inputs["tokens"], inputs["positions"] = np.zeros((1, CHUNK), np.int64), np.full((1, CHUNK), -1, np.int64)
             inputs["tokens"][0, : len(piece)] = piece
             inputs["positions"][0, : len(piece)] = np.arange(start, start + len(piece))
-            inputs |= {"last_index": np.array([len(piece) - 1]), "block_tables": tables[row : row + 1]}
             run(prefill, inputs)
         last[row], length[row] = prefill.next_tokens(), size
     run(decode, {**greedy(BATCH), "tokens": last, "positions": length, "block_tables": tables})
@@ -77,7 +76,7 @@ def recorded_steps(eager: EagerGroup) -> tuple[list[tuple[str, dict[str, Tensor]
     return steps, wanted
 
 
-def greedy(batch: int) -> dict[str, np.ndarray]:
+def greedy(batch: int) -> dict[str, Any]:
     """Sampling parameters that take the largest logit."""
     return {
         "temperature": np.zeros(batch, np.float32), "top_k": np.zeros(batch, np.int32),

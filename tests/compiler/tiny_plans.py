@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from ingot.compiler.backends.cuda.engine import OUTPUTS, EngineFiles, compile_engines
@@ -31,6 +31,9 @@ from safetensors.torch import save_file
 
 from .offline_gpu import pretend
 
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -40,7 +43,7 @@ class Tiny:
     load: Load
 
 
-def planned(family: str, dtype: str, folder: Path, device: str = "cuda") -> Tiny:
+def planned(family: str, dtype: Dtype, folder: Path, device: Device = "cuda") -> Tiny:
     """The family's engines after all passes for `device`, with random weights of a size that lets tokens differ."""
     folder.mkdir(parents=True, exist_ok=True)
     (subject,) = subjects([family])

@@ -76,7 +76,8 @@ def run(traced: TracedGraph, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Attention and the caches behind it: a row in the middle of its third block, and a padding row."""
     generator = torch.Generator().manual_seed(seed)
     known = {name: (tuple(e.shape), e.dtype) for name, e in traced.weights.entries.items()}  # type: ignore[attr-defined]
-    engine, inputs = Evaluator(traced, load(known)), {}
+    engine = Evaluator(traced, load(known))
+    inputs: dict[str, Tensor] = {}
     for node in traced.graph.nodes:
         if node.op == "placeholder" and node.meta["val"].is_floating_point():
             value = torch.randn(node.meta["val"].shape, generator=generator).to(node.meta["val"].dtype)

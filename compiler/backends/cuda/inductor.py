@@ -60,7 +60,8 @@ def wrap(program: Program) -> Wrapped:
     class Collect(wrapper_fxir.FxConverter):
         def generate(self) -> fx.GraphModule:
             gm = super().generate()
-            seen.append(Wrapped(gm, {k.wrapped.kernel_idx: k.tuner for k in self.kernels.values()}))
+            found = {k.wrapped.kernel_idx: k.tuner for k in self.kernels.values()}
+            seen.append(Wrapped(gm, {index: tuner for index, tuner in found.items() if index is not None}))
             return gm
 
         def _generate_unbacked_symbol_defs(self, line: Any) -> None:

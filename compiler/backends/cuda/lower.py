@@ -12,6 +12,7 @@ from torch import fx
 
 from ....artifacts.errors import ResourceError, UnsupportedModelError
 from ....passes.graph import op_name
+from ....passes.graph import operands as operands_of
 from ....runtime.ops.cuda.spec import Config, Lowering, Operands
 from .buffers import Argument, Buffer, Region, Scalar
 from .inductor import Wrapped
@@ -108,7 +109,8 @@ class Lowerer:
 
     def region(self, space: str, name: str, shape: Sequence[int], dtype: torch.dtype) -> Region:
         """A contiguous tensor in a buffer of its own."""
-        strides, step = [], 1
+        strides: list[int] = []
+        step = 1
         for size in reversed(shape):
             strides.insert(0, step)
             step *= max(size, 1)
@@ -124,15 +126,15 @@ class Lowerer:
         return found
 
     def _call(self, node: fx.Node) -> Any:
-        target = node.target
+        target, args = node.target, operands_of(node)
         if target is torch.empty_strided:
-            shape, strides = node.args[0], node.args[1]
-            return self._empty(tuple(shape), tuple(strides), node.kwargs["dtype"])  # type: ignore[arg-type]
+            dtype: Any = node.kwargs["dtype"]
+            return self._empty(tuple(args[0]), tuple(args[1]), dtype)
         if target is torch.as_strided:
-            source, shape, strides, start = node.args
-            return self._values[source].viewed(tuple(shape), tuple(strides), int(start))  # type: ignore[arg-type,index]
+            source, shape, strides, start = args
+            return self._values[source].viewed(tuple(shape), tuple(strides), int(start))
         if target is operator.getitem:
-            return self._values[node.args[0]][node.args[1]]  # type: ignore[index]
+            return self._values[args[0]][args[1]]
         if "kernel_idx" in node.kwargs:
             return self._triton(node)
         if target in self._providers:
@@ -153,10 +155,10 @@ class Lowerer:
         """A kernel of Inductor's own."""
         from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-        tuner = self._wrapped.kernels[node.kwargs["kernel_idx"]]  # type: ignore[index]
-        given: dict[str, Any] = dict(node.kwargs["kwargs"])  # type: ignore[call-overload]
-        given |= kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])
-        grid = tuple(int(g) for g in node.kwargs["grid"][0])  # type: ignore[index,arg-type]
+        call: dict[str, Any] = dict(node.kwargs)
+        tuner = self._wrapped.kernels[call["kernel_idx"]]
+        given = {**call["kwargs"], **kernel_side_table.get_constant_args(call["constant_args_idx"])}
+        x, y, z = (int(size) for size in call["grid"][0])
         arguments: list[Argument] = []
         for name, kind in tuner.triton_meta["signature"].items():
             if kind == "constexpr" or name in tuner.triton_meta["constants"]:
@@ -171,7 +173,7 @@ class Lowerer:
         if self._survey:
             return
         kernel = self._store.add_inductor(tuner)
-        self._append(Launch(kernel, grid, tuple(arguments), False, kernel.name, 0))  # type: ignore[arg-type]
+        self._append(Launch(kernel, (x, y, z), tuple(arguments), False, kernel.name, 0))
 
     def _op(self, node: fx.Node) -> Region | None:
         """One of Ingot's ops."""
