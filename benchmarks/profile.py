@@ -87,9 +87,9 @@ def profile(folder: Path, engine_name: str, context: int, make_driver: Callable[
 
     group = PlanGroup(artifact, make_driver=make)
     try:
-        # The engines are recorded in the order in which the group has them.
-        graphs = dict(zip(group.engines, made[0].graphs, strict=True))
         engine = group.engines[engine_name]
+        # A decode engine has recorded two, which differ in where their results go.
+        recorded = next(recorded for recorded in made[0].graphs if recorded.graph is engine.graph)
 
         def reset() -> None:
             fill(engine, manifest, group.num_blocks, context)
@@ -97,7 +97,7 @@ def profile(folder: Path, engine_name: str, context: int, make_driver: Callable[
             engine.next_tokens()
 
         kinds = sort_out(plan, entry, manifest, context)
-        with StepTimer(made[0].driver, graphs[engine_name], reset) as timer:
+        with StepTimer(made[0].driver, recorded, reset) as timer:
             whole = timer.whole()
             for kind in kinds:
                 kind.seconds = timer.alone(kind.places)

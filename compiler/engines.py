@@ -94,11 +94,12 @@ def _compile_cuda(plan: Plan, root: Path, progress: Progress) -> Engines:
 
     major, minor = torch.cuda.get_device_capability()
     store = KernelStore(10 * major + minor)
-    tuner = Tuner(store, default_cache(), progress.update)
+    autotune = plan.recipe.target.autotune
+    tuner = Tuner(store, default_cache() if autotune else None, progress.update)
     with progress.stage("compile engines", total=len(plan.graphs)):
         files = compile_engines(
             plan.graphs, root, tuner, store, lambda name: progress.update(name, advance=1),
-            tuner.prepare if plan.recipe.target.autotune else None,
+            tuner.prepare if autotune else None,
         )  # fmt: skip
     tuner.save()
     entries = []

@@ -171,7 +171,7 @@ def type_name(kind: Any) -> str:
         return f"list of {type_name(typing.get_args(kind)[0])}s"
     if isinstance(kind, types.UnionType):
         return type_name(typing.get_args(kind)[0])
-    return {str: "string", int: "integer", float: "number"}[kind]
+    return {str: "string", int: "integer", float: "number", bool: "boolean"}[kind]
 
 
 def _fields(cls: type) -> list[dataclasses.Field[Any]]:
@@ -195,7 +195,7 @@ def _convert(value: Any, kind: Any, metadata: Any, file: str, path: str) -> Any:
             near = difflib.get_close_matches(value[:100], choices, 1, 0.5) if isinstance(value, str) else []
             raise _wrong(file, path, type_name(kind), value, f'did you mean "{near[0]}"?' if near else "")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise _wrong(file, path, f"{'an' if kind is int else 'a'} {type_name(kind)}", value)
     if "range" in metadata:
         low, high = metadata["range"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -53,6 +54,8 @@ def draft_manifest(plan: Plan, weights: ModelWeights) -> Manifest:
         "transformers": transformers.__version__,
         "compiler": _compiler_version(),
     }
+    if recipe.target.device == "cuda":
+        toolchain = {**toolchain, "triton": importlib.metadata.version("triton")}
     cache = KVCache(context.block_size, context.num_blocks, context.max_blocks, recipe.model.dtype, layers)
     record = {**recipe.to_dict(), "weights_digest": weights.digest()}
     return Manifest(1, recipe.name, __version__, model, target, toolchain, record, cache, (), (), [], {}, ())

@@ -41,6 +41,7 @@ class FuseAttentionStep:
                 continue
             k, v = operands(writes[k_cache])[1], operands(writes[v_cache])[1]
             q, k, cos, sin = _without_rope(q, k, ctx.batch)
+            cos, sin = _tables(cos, sin, positions)
             q, k, q_norm, k_norm = _without_norms(q, k)
             options = (q_norm or k_norm or _Norm(node, (0.0, 0.0, False))).options
             with traced.graph.inserting_before(node):
@@ -75,6 +76,27 @@ def _without_rope(q: fx.Node, k: fx.Node, batch: int) -> tuple[fx.Node, fx.Node,
         ) and dtype_of(cos) == dtype_of(q0):  # fmt: skip
             return q0, k0, cos, sin
     return q, k, None, None
+
+
+def _tables(cos: fx.Node | None, sin: fx.Node | None, positions: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The stored tables that both are looked up in by position, or cos and sin themselves: the op looks up as well."""
+    tables = [_table(x, positions) for x in (cos, sin)]
+    if tables[0] is None or tables[1] is None or shape_of(tables[0]) != shape_of(tables[1]):
+        return cos, sin
+    return tables[0], tables[1]
+
+
+def _table(rows: fx.Node | None, positions: fx.Node) -> fx.Node | None:
+    """The table behind `reshape(table[max(positions, 0)])`, if its rows are those of [batch, 1, 1, dim]."""
+    if not is_call(rows, aten.reshape.default):
+        return None
+    lookup = operands(rows)[0]  # type: ignore[arg-type]
+    if not is_call(lookup, aten.embedding.default):
+        return None
+    table, known, *_ = operands(lookup)
+    by_position = is_call(known, aten.clamp.default) and operands(known) == (positions, 0) and not known.kwargs
+    fits = is_weight(table) and shape_of(table)[1:] == shape_of(rows)[3:] and dtype_of(table) == dtype_of(rows)
+    return table if by_position and fits else None
 
 
 def _without_norms(q: fx.Node, k: fx.Node) -> tuple[object, object, _Norm | None, _Norm | None]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
 from ...runtime.ops.schema import overload
 from ..base import Context, Outcome
-from ..graph import TracedGraph, add_input, aten, emit, operands, shape_of
+from ..graph import TracedGraph, add_input, aten, emit, operands
 from ..stages import Stage
 
 SAMPLING_INPUTS = (
@@ -45,14 +47,10 @@ class SampleTokens:
                 index = emit(graph, aten.reshape.default, named["last_index"], [ctx.batch, 1])
                 counter = emit(graph, aten.gather.default, counter, 1, index)
             counter = emit(graph, aten.reshape.default, counter, [ctx.batch])
-            tokens = emit(graph, overload("sample"), logits, *inputs, counter)
-            picked = _logit_of(graph, tokens, logits) if ctx.device == "cuda" else None
-        output.args = ((tokens, logits) if picked is None else (tokens, logits, picked),)
+            if ctx.device == "cuda":
+                both = emit(graph, overload("sample_with_logit"), logits, *inputs, counter)
+                tokens, logit = (emit(graph, operator.getitem, both, i) for i in range(2))
+                output.args = ((tokens, logits, logit),)
+            else:
+                output.args = ((emit(graph, overload("sample"), logits, *inputs, counter), logits),)
         return Outcome(changed=1)
-
-
-def _logit_of(graph: fx.Graph, tokens: fx.Node, logits: fx.Node) -> fx.Node:
-    """logits[i, tokens[i]], float32 [batch]."""
-    batch = shape_of(tokens)[0]
-    index = emit(graph, aten.reshape.default, tokens, [batch, 1])
-    return emit(graph, aten.reshape.default, emit(graph, aten.gather.default, logits, 1, index), [batch])

@@ -98,8 +98,16 @@ class Driver:
 
     def pinned(self, nbytes: int) -> np.ndarray:
         """New page-locked host memory, uint8 [nbytes]: free it with `free_pinned`, after its last use."""
-        (address,) = self._call(f"pin {nbytes:,} bytes of host memory", self._api.cuMemHostAlloc(nbytes, 0))
+        answer = self._api.cuMemHostAlloc(nbytes, self._api.CU_MEMHOSTALLOC_DEVICEMAP)
+        (address,) = self._call(f"pin {nbytes:,} bytes of host memory", answer)
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(address)))
+
+    def device_address(self, array: np.ndarray) -> int:
+        """Where kernels find what `pinned` gave.
+
+        The host sees what a kernel wrote there once an event behind the kernel has happened.
+        """
+        return int(self._call("map host memory", self._api.cuMemHostGetDevicePointer(array.ctypes.data, 0))[0])
 
     def free_pinned(self, array: np.ndarray) -> None:
         """Give page-locked memory back."""

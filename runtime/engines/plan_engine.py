@@ -1,15 +1,15 @@
-"""One kernel plan on the device: resolved launches, captured into a CUDA graph and replayed.
+"""One kernel plan on the device: resolved launches, captured into CUDA graphs and replayed.
 
-The host writes numpy buffers; `run` stages them in pinned memory and sends them in one copy. Behind every launch the
-sampled tokens are copied into a ring, so that they can be read while the next step already runs.
+The host writes numpy buffers; `run` stages them in pinned memory and sends them in one copy. What the host reads after
+a step, `RESULTS`, the kernels write straight into pinned memory: between two steps nothing is enqueued but an event.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,14 +18,13 @@ from ...artifacts.kernel_plan import KernelPlan, PlanArgument
 from ...artifacts.manifest import Buffer, EngineEntry
 from .base import logits_of
 from .cuda import OUT_OF_MEMORY, CudaError, Driver
-from .plan_layout import RESULTS, Block, aligned, is_cache, lay_out_inputs, lay_out_outputs
+from .plan_layout import RESULTS, Block, is_cache, lay_out_inputs, lay_out_outputs, lay_out_results
 
-_SCALARS: dict[str, Callable[[Any], ctypes._SimpleCData[Any]]] = {
+_SCALARS: dict[str, type[ctypes._SimpleCData[Any]]] = {
     "int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float, "float64": ctypes.c_double,
 }  # fmt: skip
-# Copies that may be under way at once: of inputs to the device, of results from it.
+# Copies of inputs to the device that may be under way at once.
 _UPLOADS = 3
-_RESULTS = 4
 
 
 @dataclass(frozen=True)
@@ -40,23 +39,54 @@ class Launch:
     dependent: bool
 
 
-class _Ring:
-    """Equal pieces of pinned memory, taken in turn; a piece's event says when its last copy was done."""
+@dataclass
+class _Slot:
+    """A place for one step's results, the launches that write them there, and when the last of these were done."""
 
-    def __init__(self, driver: Driver, memory: np.ndarray, count: int) -> None:
-        size = len(memory) // count
-        self.slots = [memory[i * size : (i + 1) * size] for i in range(count)]
-        self.addresses = [int(slot.ctypes.data) for slot in self.slots]
-        self.events = [driver.event() for _ in range(count)]
+    tokens: np.ndarray
+    sampled: np.ndarray | None
+    launches: list[Launch]
+    done: Any
+    graph: Any = None
+
+
+class _Staging:
+    """Equal pieces of pinned memory for inputs, taken in turn; a piece's event says when its last copy was done."""
+
+    def __init__(self, driver: Driver, memory: np.ndarray) -> None:
+        size = len(memory) // _UPLOADS
+        self._driver = driver
+        self._pieces = [memory[i * size : (i + 1) * size] for i in range(_UPLOADS)]
+        self._addresses = [int(piece.ctypes.data) for piece in self._pieces]
+        self.events = [driver.event() for _ in range(_UPLOADS)]
+        self._sent = 0
+
+    def send(self, content: np.ndarray, address: int, stream: Any) -> None:
+        """Copy to the device; `content` may change as soon as this returns."""
+        driver, place = self._driver, self._sent % _UPLOADS
+        driver.wait(self.events[place])  # long done
+        self._pieces[place][:] = content
+        driver.upload(address, self._addresses[place], len(content), stream)
+        driver.record(self.events[place], stream)
+        self._sent += 1
 
 
 class PlanEngine:
     """See `ingot.runtime.engines.base.AsyncEngine`.
 
+    A decode engine has two slots for results, written by even and by odd steps: two graphs that differ in nothing else.
+    So the host may read step n while step n + 1 runs. Step n + 2 writes where step n did: arrays got of a run, from
+    `next_tokens` or `earlier`, change once the second run behind it is launched. The results of the last two runs are
+    always there, read or not; older ones cannot be asked for. Other engines have one slot and one graph, and keep the
+    results of their last run alone.
+
     Args:
         inputs, outputs: device addresses of this engine's blocks (`lay_out_inputs`, `lay_out_outputs`).
         addresses: device address of whatever a plan's pointer can name, by (space, name).
         functions: kernels by place in the plan.
+
+    Raises:
+        VerificationError: a launch does not pass what its kernel takes.
     """
 
     def __init__(
@@ -70,29 +100,30 @@ class PlanEngine:
         outputs: int,
         addresses: Mapping[tuple[str, str], int],
     ) -> None:
+        _check_parameters(entry, plan, [driver.parameter_bytes(function) for function in functions])
         self.entry = entry
-        self._driver, self._stream, self._inputs_at, self._outputs_at = driver, stream, inputs, outputs
-        self._graph: Any = None
+        self._driver, self._stream, self._inputs_at = driver, stream, inputs
         self._closed = False
-        taken, made = lay_out_inputs(entry.inputs), lay_out_outputs(entry.outputs)
+        taken, made, read = lay_out_inputs(entry.inputs), lay_out_outputs(entry.outputs), lay_out_results(entry.outputs)
         here = dict(addresses)
         here |= {("input", name): inputs + place.offset for name, place in taken.places.items()}
         here |= {("output", name): outputs + place.offset for name, place in made.places.items()}
-        self._launches = _resolve(driver, entry, plan, functions, here)
         self._memory = np.zeros(taken.nbytes, np.uint8)
         self._buffers = {b.name: _view(self._memory, taken, b) for b in entry.inputs if not is_cache(b.name)}
         self._logits_at = outputs + made.places["logits"].offset
         self._logits = np.zeros(next(b.shape for b in entry.outputs if b.name == "logits"), np.float32)
-        results = [b for b in entry.outputs if b.name in RESULTS]
-        self._result_bytes = sum(aligned(made.places[b.name].nbytes) for b in results)
-        self._pinned = driver.pinned(_UPLOADS * taken.nbytes + _RESULTS * self._result_bytes)
-        split = _UPLOADS * taken.nbytes
-        self._uploads = _Ring(driver, self._pinned[:split], _UPLOADS)
-        self._results = _Ring(driver, self._pinned[split:], _RESULTS)
-        views = [{b.name: _view(slot, made, b) for b in results} for slot in self._results.slots]
-        self._tokens = [view["next_tokens"] for view in views]
-        self._sampled = [view.get("sampled_logits") for view in views]
-        self._sent = self._done = 0  # uploads and launches so far
+        # Without sampled_logits the logits of each step have to be read before the next, which overwrites them.
+        count = 2 if entry.phase == "decode" and "sampled_logits" in read.places else 1
+        self._pinned = driver.pinned(count * read.nbytes + _UPLOADS * taken.nbytes)
+        self._staging = _Staging(driver, self._pinned[count * read.nbytes :])
+        self._slots: list[_Slot] = []
+        for offset in range(0, count * read.nbytes, read.nbytes):
+            memory, base = self._pinned[offset : offset + read.nbytes], driver.device_address(self._pinned) + offset
+            views = {b.name: _view(memory, read, b) for b in entry.outputs if b.name in RESULTS}
+            results = {("output", name): base + place.offset for name, place in read.places.items()}
+            launches = _resolve(plan, functions, here | results)
+            self._slots.append(_Slot(views["next_tokens"], views.get("sampled_logits"), launches, driver.event()))
+        self._runs = 0
 
     @property
     def inputs(self) -> Mapping[str, np.ndarray]:
@@ -101,26 +132,32 @@ class PlanEngine:
 
     @property
     def asynchronous(self) -> bool:
-        """See `Engine.asynchronous`: without the output sampled_logits each step's logits would have to be read."""
-        return self._sampled[0] is not None
+        """See `Engine.asynchronous`: whether there is a slot for a further step's results."""
+        return len(self._slots) > 1
+
+    @property
+    def graph(self) -> Any:
+        """The graph of the even steps, for those who time it; None without `capture`."""
+        return self._slots[0].graph
 
     def capture(self) -> None:
-        """Record all launches into a CUDA graph, which later runs replay. Without it they are launched one by one.
+        """Record all launches into CUDA graphs, which later runs replay. Without it they are launched one by one.
 
         Raises:
-            VerificationError: the device refuses a launch. ResourceError: it has no memory for the graph.
+            VerificationError: the device refuses a launch. ResourceError: it has no memory for the graphs.
         """
         driver, stream = self._driver, self._stream
-        driver.begin_capture(stream)
-        try:
-            self._launch_each()
-        except BaseException:
-            driver.abandon_capture(stream)
-            raise
-        try:
-            self._graph = driver.end_capture(stream)
-        except CudaError as error:
-            raise _refused(error, f"engine {self.entry.name} cannot be made a CUDA graph") from error
+        for slot in self._slots:
+            driver.begin_capture(stream)
+            try:
+                self._launch_each(slot.launches)
+            except BaseException:
+                driver.abandon_capture(stream)
+                raise
+            try:
+                slot.graph = driver.end_capture(stream)
+            except CudaError as error:
+                raise _refused(error, f"engine {self.entry.name} cannot be made a CUDA graph") from error
 
     def run(self) -> None:
         """See `Engine.run`.
@@ -128,36 +165,34 @@ class PlanEngine:
         Raises:
             ResourceError: the device failed, now or in an earlier step.
         """
-        driver, ring = self._enter(), self._uploads
-        slot = self._sent % _UPLOADS
-        driver.wait(ring.events[slot])  # its last copy, long done
-        ring.slots[slot][:] = self._memory
-        driver.upload(self._inputs_at, ring.addresses[slot], len(self._memory), self._stream)
-        driver.record(ring.events[slot], self._stream)
-        self._sent += 1
-        self._step()
+        driver = self._enter()
+        self._staging.send(self._memory, self._inputs_at, self._stream)
+        self._step(driver)
 
     def advance(self) -> None:
-        """See `Engine.advance`: the graph's last launch has prepared the inputs on the device already."""
-        self._enter()
-        self._step()
+        """See `Engine.advance`: the last launch of a run has prepared the inputs of the next on the device already."""
+        self._step(self._enter())
 
     def next_tokens(self) -> np.ndarray:
         """See `Engine.next_tokens`."""
-        return self._tokens[self._wait(1)]
+        return self._wait(1).tokens
 
     def sampled_logits(self) -> np.ndarray:
         """See `Engine.sampled_logits`."""
-        found = self._sampled[slot := self._wait(1)]
-        return logits_of(self.logits(), self._tokens[slot]) if found is None else found
+        slot = self._wait(1)
+        return logits_of(self.logits(), slot.tokens) if slot.sampled is None else slot.sampled
 
     def earlier(self) -> tuple[np.ndarray, np.ndarray]:
-        """See `AsyncEngine.earlier`."""
+        """See `AsyncEngine.earlier`.
+
+        Raises:
+            UsageError: the engine is not asynchronous, or has not run twice.
+        """
+        if not self.asynchronous:
+            why = "it keeps the results of its last run alone"
+            raise UsageError(f"engine {self.entry.name} cannot run ahead", why, "read them before the next run")
         slot = self._wait(2)
-        sampled = self._sampled[slot]
-        if sampled is None:
-            raise UsageError(f"engine {self.entry.name} cannot run ahead", "it has no output sampled_logits", "")
-        return self._tokens[slot], sampled
+        return slot.tokens, cast(np.ndarray, slot.sampled)
 
     def logits(self) -> np.ndarray:
         """See `Engine.logits`."""
@@ -167,13 +202,15 @@ class PlanEngine:
         return self._logits
 
     def close(self) -> None:
-        """Give graph, events and pinned memory back; the device must have finished."""
+        """Give graphs, events and pinned memory back; the device must have finished."""
         if self._closed:
             return
         self._closed = True
-        if self._graph is not None:
-            self._driver.destroy_graph(self._graph)
-        for event in (*self._uploads.events, *self._results.events):
+        for slot in self._slots:
+            if slot.graph is not None:
+                self._driver.destroy_graph(slot.graph)
+            self._driver.destroy_event(slot.done)
+        for event in self._staging.events:
             self._driver.destroy_event(event)
         self._driver.free_pinned(self._pinned)
 
@@ -184,28 +221,28 @@ class PlanEngine:
         self._driver.activate()
         return self._driver
 
-    def _step(self) -> None:
-        """One launch of everything, and the copy of its results behind it."""
-        driver, stream, ring, slot = self._driver, self._stream, self._results, self._done % _RESULTS
-        if self._graph is None:
-            self._launch_each()
+    def _step(self, driver: Driver) -> None:
+        """One launch of everything, into the slot whose turn it is, and its event."""
+        slot = self._slots[self._runs % len(self._slots)]
+        if slot.graph is None:
+            self._launch_each(slot.launches)
         else:
-            driver.launch_graph(self._graph, stream)
-        driver.download(ring.addresses[slot], self._outputs_at, self._result_bytes, stream)
-        driver.record(ring.events[slot], stream)
-        self._done += 1
+            driver.launch_graph(slot.graph, self._stream)
+        driver.record(slot.done, self._stream)
+        self._runs += 1
 
-    def _wait(self, back: int) -> int:
-        """Wait for the results of the last step (1) or the one before it (2); their place in the ring."""
+    def _wait(self, back: int) -> _Slot:
+        """Wait for the results of the last run (1) or the one before it (2); where they are."""
         driver = self._enter()
-        if self._done < back:
-            raise UsageError(f"engine {self.entry.name} has no results yet", "it has not run", "call run() first")
-        slot = (self._done - back) % _RESULTS
-        driver.wait(self._results.events[slot])
+        if self._runs < back:
+            why = f"it has run {self._runs} times, not {back}"
+            raise UsageError(f"engine {self.entry.name} has no results yet", why, "call run() first")
+        slot = self._slots[(self._runs - back) % len(self._slots)]
+        driver.wait(slot.done)
         return slot
 
-    def _launch_each(self) -> None:
-        for index, launch in enumerate(self._launches):
+    def _launch_each(self, launches: Sequence[Launch]) -> None:
+        for index, launch in enumerate(launches):
             try:
                 self._driver.launch(
                     launch.function, launch.grid, launch.threads, launch.shared_bytes, launch.arguments, self._stream,
@@ -215,26 +252,24 @@ class PlanEngine:
                 raise _refused(error, f"launch {index} of engine {self.entry.name} is not possible") from error
 
 
-def _resolve(
-    driver: Driver,
-    entry: EngineEntry,
-    plan: KernelPlan,
-    functions: Sequence[Any],
-    addresses: Mapping[tuple[str, str], int],
-) -> list[Launch]:
-    """Launches whose arguments are addresses; each must be what its kernel takes, or it would read past them."""
-    taken = [driver.parameter_bytes(function) for function in functions]
-    launches = []
+def _check_parameters(entry: EngineEntry, plan: KernelPlan, taken: Sequence[tuple[int, ...]]) -> None:
+    """Each launch must pass what its kernel takes, by the sizes in bytes, or the kernel would read past it."""
     for index, launch in enumerate(plan.launches):
-        kernel = plan.kernels[launch.kernel]
-        arguments = [_argument(argument, addresses) for argument in launch.arguments]
-        given = tuple(ctypes.sizeof(argument) for argument in arguments)
+        given = tuple(ctypes.sizeof(_SCALARS.get(argument.dtype, ctypes.c_void_p)) for argument in launch.arguments)
         if given != taken[launch.kernel]:
             raise VerificationError(
-                f"launch {index} of engine {entry.name} does not fit its kernel {kernel.name}",
+                f"launch {index} of engine {entry.name} does not fit its kernel {plan.kernels[launch.kernel].name}",
                 f"it passes parameters of {_listed(given)} bytes, the kernel takes {_listed(taken[launch.kernel])}",
                 "build the artifact again",
             )
+
+
+def _resolve(plan: KernelPlan, functions: Sequence[Any], addresses: Mapping[tuple[str, str], int]) -> list[Launch]:
+    """Launches whose arguments are addresses."""
+    launches = []
+    for launch in plan.launches:
+        kernel = plan.kernels[launch.kernel]
+        arguments = [_argument(argument, addresses) for argument in launch.arguments]
         function = functions[launch.kernel]
         launches.append(Launch(function, launch.grid, kernel.threads, kernel.shared_bytes, arguments, launch.dependent))
     return launches

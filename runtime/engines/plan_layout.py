@@ -13,7 +13,7 @@ from ...artifacts.kernel_plan import ALIGNMENT
 from ...artifacts.manifest import Buffer, KVCache
 from ..weights import ITEM_BYTES
 
-# What the host reads after every step lies together, at the start, so that one copy brings it.
+# What the host reads after every step. Kernels write it straight into host memory, so that no copy is needed.
 RESULTS = ("next_tokens", "sampled_logits")
 
 
@@ -63,12 +63,17 @@ def lay_out_inputs(inputs: Iterable[Buffer]) -> Block:
 
 
 def lay_out_outputs(outputs: Iterable[Buffer]) -> Block:
-    """The outputs, `RESULTS` first."""
-    return lay_out(sorted(outputs, key=lambda buffer: buffer.name not in RESULTS))
+    """The outputs that stay on the device: all but `RESULTS`."""
+    return lay_out(buffer for buffer in outputs if buffer.name not in RESULTS)
+
+
+def lay_out_results(outputs: Iterable[Buffer]) -> Block:
+    """The outputs in host memory, `RESULTS`, for one step."""
+    return lay_out(buffer for buffer in outputs if buffer.name in RESULTS)
 
 
 def engine_memory_bytes(inputs: Iterable[Buffer], outputs: Iterable[Buffer], arena_bytes: int) -> int:
-    """The device memory of one plan engine alone: arena, inputs and outputs, without weights and cache."""
+    """The device memory of one plan engine alone: arena, inputs and logits, without weights and cache."""
     return aligned(arena_bytes) + lay_out_inputs(inputs).nbytes + lay_out_outputs(outputs).nbytes
 
 

@@ -76,9 +76,10 @@ def attention_step(
         q: [batch, heads, 1, head_dim]; k: [batch, kv_heads, 1, head_dim]; v: [batch, kv_heads, 1, v_dim], any strides.
         k_cache: [blocks, block_size, kv_heads, head_dim]; v_cache: [blocks, block_size, kv_heads, v_dim]; written.
         block_tables: [batch, max_blocks] int32; positions: [batch, 1] int64, -1 for padding (writes to slot 0).
-        cos, sin: [batch, 1, 1, head_dim] of `rotate_half`, in q's dtype, or None; both or neither.
+        cos, sin: of `rotate_half`, in q's dtype, or None; both or neither. Either one row per row of the batch,
+            [batch, 1, 1, head_dim], or both whole tables, [length, head_dim], whose row max(position, 0) is used.
         q_norm, k_norm: [head_dim] weights of an RMSNorm over each head before RoPE, or None; eps, offset,
-        narrow_first as in `rms_norm`. scale, window, softcap, sinks as in `reference.paged_attention`.
+            narrow_first as in `rms_norm`. scale, window, softcap, sinks as in `reference.paged_attention`.
 
     Returns:
         [batch, 1, heads, v_dim] in q's dtype, contiguous; zeros for padding rows.
@@ -88,6 +89,8 @@ def attention_step(
     if k_norm is not None:
         k = reference.rms_norm(k, k_norm, eps, offset, narrow_first)
     if cos is not None and sin is not None:
+        if cos.dim() == 2:
+            cos, sin = (torch.nn.functional.embedding(positions.clamp(0), x).unsqueeze(1) for x in (cos, sin))
         q, k = reference.rotate_half(q, cos, sin), reference.rotate_half(k, cos, sin)
     slots = reference.cache_slots(block_tables, positions, k_cache.shape[1])
     reference.cache_write(k_cache, k, slots)
@@ -95,3 +98,18 @@ def attention_step(
     return reference.paged_attention(
         q, k_cache, v_cache, block_tables, positions, scale, window, softcap, sinks
     ).contiguous()
+
+
+def sample_with_logit(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token per row and the logit it had, which tells a host that leaves the logits on the device of NaN.
+
+    Args:
+        all as in `reference.sample`.
+
+    Returns:
+        tokens [batch] int64 as `sample` gives them, and logits[i, tokens[i]] as [batch] float32.
+    """
+    tokens = reference.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    return tokens, logits.gather(1, tokens[:, None])[:, 0]

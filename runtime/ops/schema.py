@@ -1,8 +1,8 @@
 """Registers Ingot's ops with PyTorch: schema, shapes (for tracing on `meta`) and the reference semantics.
 
 Importing this module once is what makes `torch.ops.ingot.*` exist. Passes and back ends refer to the ops by these
-schemas; `_OPS` is the whole dialect. All of them are pure but `cache_write` and
-`attention_step`, which write the cache.
+schemas; `_OPS` is the whole dialect. All of them are pure but `cache_write` and `attention_step`, which write the
+cache. What the operands of each are (shapes, and where there is a choice of them) its semantics say.
 """
 
 from __future__ import annotations
@@ -113,6 +113,15 @@ _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
         " -> Tensor",
         reference.sample,
         lambda logits, temperature, top_k, top_p, min_p, seeds, positions: seeds.new_empty(logits.shape[0]),
+    ),
+    "sample_with_logit": (
+        "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor positions)"
+        " -> (Tensor tokens, Tensor logit)",
+        fused_reference.sample_with_logit,
+        lambda logits, temperature, top_k, top_p, min_p, seeds, positions: (
+            seeds.new_empty(logits.shape[0]),
+            logits.new_empty(logits.shape[0]),
+        ),
     ),
 }
 

@@ -37,22 +37,24 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Tiny:
-    """A planned family (decode of 4 rows, prefill of 16 tokens) and its weights."""
+    """A planned family (decode of 4 rows, prefill of one chunk) and its weights."""
 
     plan: Plan
     load: Load
 
 
-def planned(family: str, dtype: Dtype, folder: Path, device: Device = "cuda") -> Tiny:
+def planned(family: str, dtype: Dtype, folder: Path, device: Device = "cuda", chunk: int = 16) -> Tiny:
     """The family's engines after all passes for `device`, with random weights of a size that lets tokens differ."""
     folder.mkdir(parents=True, exist_ok=True)
     (subject,) = subjects([family])
     (folder / "config.json").write_text(json.dumps(subject.config))
     recipe = recipe_for(folder, "tiny", "random")
     model = dataclasses.replace(recipe.model, dtype=dtype)
-    plan, module = make_plan(dataclasses.replace(recipe, target=Target(device=device), model=model), SilentProgress())
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
-    checkpoint = RandomCheckpoint(shapes, getattr(torch, dtype), 3)
+    shapes = dataclasses.replace(recipe.shapes, prefill_lengths=(chunk,))
+    recipe = dataclasses.replace(recipe, target=Target(device=device), model=model, shapes=shapes)
+    plan, module = make_plan(recipe, SilentProgress())
+    sizes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
+    checkpoint = RandomCheckpoint(sizes, getattr(torch, dtype), 3)
     tied = {n: m for n, p in module.named_parameters(remove_duplicate=False)
             for m, q in module.named_parameters() if p is q}  # fmt: skip
 

@@ -172,6 +172,17 @@ def test_a_step_is_the_plain_ops_bit_for_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(given[n], plain[n]) for n in ("k_cache", "v_cache"))
 
 
+@DTYPES
+def test_whole_tables_give_the_row_of_each_position(dtype: torch.dtype) -> None:
+    given, again = attention_inputs(dtype), attention_inputs(dtype)
+    cos, sin = (normal(16, 6, seed=i, dtype=dtype) for i in (30, 31))
+    rows = torch.tensor([9, 0])
+    found = attention_step(given, cos=cos, sin=sin)
+    wanted = attention_step(again, cos=cos[rows].view(2, 1, 1, 6), sin=sin[rows].view(2, 1, 1, 6))
+    assert torch.equal(found, wanted)
+    assert all(torch.equal(given[n], again[n]) for n in ("k_cache", "v_cache"))
+
+
 @pytest.mark.parametrize(("activation", "wide"), [("", False), ("silu", False), ("", True)])
 def test_announced_shapes_are_the_real_ones(activation: str, wide: bool) -> None:
     x, weight = normal(2, 3, 8, dtype=BF16), normal(6, 8, seed=1, dtype=BF16)
@@ -187,3 +198,39 @@ def test_a_steps_announced_shape_is_the_real_one() -> None:
     real = overload("attention_step")(*given.values(), *rest)
     announced = overload("attention_step")(*(t.to("meta") for t in given.values()), *rest)
     assert (announced.shape, announced.dtype, announced.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def sampling_inputs(batch: int) -> tuple[Tensor, ...]:
+    """Logits, a row greedy, a row drawn from few, the rest drawn from all."""
+    temperature, top_k = torch.ones(batch), torch.zeros(batch, dtype=torch.int32)
+    temperature[0], top_k[1] = 0.0, 3
+    seeds, positions = torch.arange(batch), torch.arange(batch) + 7
+    return (
+        normal(batch, 50, seed=3),
+        temperature,
+        top_k,
+        torch.full((batch,), 0.9),
+        torch.zeros(batch),
+        seeds,
+        positions,
+    )
+
+
+def test_sampled_tokens_come_with_their_logits() -> None:
+    inputs = sampling_inputs(5)
+    tokens, logit = fused_reference.sample_with_logit(*inputs)
+    assert torch.equal(tokens, reference.sample(*inputs))
+    assert logit.tolist() == [inputs[0][row, token].item() for row, token in enumerate(tokens)]
+
+
+def test_the_logit_of_a_row_with_nan_is_nan() -> None:
+    logits, *rest = sampling_inputs(3)
+    logits[0, 11] = float("nan")
+    assert fused_reference.sample_with_logit(logits, *rest)[1].isnan().tolist() == [True, False, False]
+
+
+def test_sampling_announces_the_real_shapes() -> None:
+    inputs = sampling_inputs(3)
+    real = overload("sample_with_logit")(*inputs)
+    announced = overload("sample_with_logit")(*(t.to("meta") for t in inputs))
+    assert [(t.shape, t.dtype) for t in announced] == [(t.shape, t.dtype) for t in real]

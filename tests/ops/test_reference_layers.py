@@ -146,7 +146,13 @@ def arguments(dtype: torch.dtype, strided: bool = False) -> dict[str, tuple[Any,
         "gated_activation": (part, "gelu", False),
         "rotate_half": (q, table, table),
         "sample": (normal(2, 9), row, index.int(), row, 0 * row, index, index),
-    }
+        "fused_linear": (part, w, None, v, normal(2, 3, 3, dtype=dtype), 1e-5, 0.0, True, "silu", True, False),
+        "attention_step": (
+            q[:, :, :1], kv[:, :, :1], kv[:, :, :1], cache, cache.clone(), tables, positions[:, :1],
+            table[:, :, :1], table[:, :, :1], v, v, sinks, 1e-5, 0.0, True, 0.5, 2, 3.0,
+        ),
+        "sample_with_logit": (normal(2, 9), row, index.int(), row, 0 * row, index, index),
+    }  # fmt: skip
 
 
 def test_every_op_is_covered() -> None:

@@ -141,6 +141,50 @@ def test_a_norm_behind_the_transpose() -> None:
     assert torch.equal(run(before, 0)[0], run(after, 0)[0])
 
 
+def looked_up(layer: Layer, where: fx.Node, name: str, rows: int = 32) -> Any:
+    """A row per token of a stored table, as position-tables writes it."""
+    table = layer.b.weight(name, rows, DIM, dtype=layer.dtype)
+    return layer.b.call(
+        aten.reshape.default, layer.b.call(aten.embedding.default, table, where), [layer.batch, 1, 1, DIM]
+    )
+
+
+def with_tables(layer: Layer, where: fx.Node | None = None, sin_rows: int = 32) -> TracedGraph:
+    """Llama: cos and sin come from tables of all positions."""
+    where = where or layer.b.call(aten.clamp.default, layer.b.positions, 0)
+    layer.cos, layer.sin = looked_up(layer, where, "cos_table"), looked_up(layer, where, "sin_table", sin_rows)
+    return plain(layer)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_whole_tables_are_looked_up_by_the_op(dtype: torch.dtype) -> None:
+    before = with_tables(Layer(dtype))
+    after, _ = apply(FuseAttentionStep(), before, CUDA)
+    assert text(after) == lines("""
+        %0 = aten.transpose(q, 1, 2)
+        %1 = aten.transpose(k, 1, 2)
+        %2 = aten.transpose(v, 1, 2)
+        %3 = ingot.attention_step(%0, %1, %2, k_cache_0, v_cache_0, block_tables, positions, cos_table, sin_table, \
+None, None, None, 0.0, 0.0, False, 0.5, 6, 20.0)
+        return %3
+    """)
+    (wanted, caches), (found, written) = run(before, 0), run(after, 0)
+    assert torch.equal(found, wanted)
+    assert all(torch.equal(written[name], cache) for name, cache in caches.items())
+
+
+@pytest.mark.parametrize("case", ["by tokens", "by positions below zero", "of different lengths"])
+def test_near_miss_rows_of_other_tables(case: str) -> None:
+    layer = Layer()
+    where = {"by tokens": layer.b.tokens, "by positions below zero": layer.b.positions}.get(case)
+    before = with_tables(layer, where, 31 if case == "of different lengths" else 32)
+    after, outcome = apply(FuseAttentionStep(), before, CUDA)
+    assert outcome.changed == 1
+    assert text(after).count("aten.embedding") == 2 and "rotate_half" not in text(after)
+    if case != "by positions below zero":
+        assert torch.equal(run(before, 0)[0], run(after, 0)[0])
+
+
 def kept(layer: Layer, q: Any, k: Any) -> str:
     """What the pass leaves of q and k before the fused op, which must compute the same."""
     before = layer.attend(q, k, layer.heads("v", KV_HEADS))

@@ -50,11 +50,10 @@ def test_on_the_gpu_the_host_gets_the_logit_of_each_token() -> None:
     after, _ = apply(SampleTokens(), before, dataclasses.replace(DECODE, device="cuda"))
     assert text(after) == lines("""
         %0 = aten.reshape(positions, [2])
-        %1 = ingot.sample(logits, temperature, top_k, top_p, min_p, seeds, %0)
-        %2 = aten.reshape(%1, [2, 1])
-        %3 = aten.gather(logits, 1, %2)
-        %4 = aten.reshape(%3, [2])
-        return [%1, logits, %4]
+        %1 = ingot.sample_with_logit(logits, temperature, top_k, top_p, min_p, seeds, %0)
+        %2 = getitem(%1, 0)
+        %3 = getitem(%1, 1)
+        return [%2, logits, %3]
     """)
     tokens, logits, picked = values(after, top_k=torch.zeros(2, dtype=torch.int32), min_p=torch.zeros(2))
     assert torch.equal(picked, logits[torch.arange(2), tokens])

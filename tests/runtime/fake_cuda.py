@@ -2,6 +2,7 @@
 
 Work in a stream is done only when somebody waits for it, so whoever touches memory too early is found out. Every
 address is looked up: what lies outside of an allocation is an error, as is a call from a thread without a context.
+Kernels see pinned memory at other addresses than the host does, so that nobody takes one for the other.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from ingot.runtime.engines.cuda import OUT_OF_MEMORY, CudaError
 
 ELF = b"\x7fELF"
 Kernel = Callable[..., Any]
+# From the host's address of pinned memory to the device's.
+_MAPPED = 1 << 60
 
 
 def fake_cubin(kernels: dict[str, list[int]], arch: str = "sm_90") -> bytes:
@@ -34,7 +38,8 @@ class FakeStream:
 @dataclass(eq=False)
 class FakeEvent:
     stream: FakeStream | None = None
-    happened: bool = True
+    recorded: int = 0
+    happened: int = 0  # the number of the recording that was reached
 
 
 class FakeDriver:
@@ -47,6 +52,8 @@ class FakeDriver:
         self.host: dict[int, np.ndarray] = {}
         self.live: list[Any] = []  # streams, events, modules and graphs not given back
         self.launched = self.uploads = 0
+        self.enqueued: list[str] = []  # what went into a stream to be done, in order
+        self.replayed: list[Any] = []  # graphs
         self.dependent: list[bool] = []
         self.closed = False
         self._next = 0x7000_0000_0000
@@ -66,8 +73,10 @@ class FakeDriver:
         self.closed = True
 
     def view(self, address: int, nbytes: int, dtype: str = "uint8") -> np.ndarray:
-        """Device memory as an array: it must lie in one allocation."""
-        for base, content in self.memory.items():
+        """Memory at a device address as an array: it must lie in one allocation, of device or pinned memory."""
+        mapped = ((base + _MAPPED, content) for base, content in self.host.items())
+        blocks: Iterable[tuple[int, Any]] = chain(self.memory.items(), mapped)
+        for base, content in blocks:
             if base <= address and address + nbytes <= base + len(content):
                 return np.frombuffer(content, dtype, nbytes // np.dtype(dtype).itemsize, address - base)
         raise AssertionError(f"illegal address {address:#x} + {nbytes}")
@@ -97,6 +106,11 @@ class FakeDriver:
             self.host[array.ctypes.data] = array
             return array
 
+    def device_address(self, array: np.ndarray) -> int:
+        self._enter("device_address")
+        assert array.ctypes.data in self.host
+        return array.ctypes.data + _MAPPED
+
     def free_pinned(self, array: np.ndarray) -> None:
         self._enter("free_pinned")
         array[:] = 0xDD
@@ -125,7 +139,11 @@ class FakeDriver:
     def _enqueue(self, method: str, stream: FakeStream, work: Callable[[], Any]) -> None:
         self._enter(method)
         with self._lock:
-            (stream.waiting if stream.recording is None else stream.recording).append(work)
+            if stream.recording is None:
+                self.enqueued.append(method)
+                stream.waiting.append(work)
+            else:
+                stream.recording.append(work)
 
     def stream(self) -> FakeStream:
         return self._made(FakeStream())
@@ -153,16 +171,18 @@ class FakeDriver:
         return self._made(FakeEvent())
 
     def record(self, event: FakeEvent, stream: FakeStream) -> None:
-        def work() -> None:
-            event.happened = True
+        event.stream, event.recorded = stream, event.recorded + 1
+        number = event.recorded
 
-        event.stream, event.happened = stream, False
+        def work() -> None:
+            event.happened = number
+
         self._enqueue("record", stream, work)
 
     def wait(self, event: FakeEvent) -> None:
         self._enter("wait")
         with self._lock:
-            while not event.happened:
+            while event.happened < event.recorded:
                 assert event.stream
                 event.stream.waiting.pop(0)()
 
@@ -211,4 +231,6 @@ class FakeDriver:
     def launch_graph(self, graph: list[Callable[[], None]], stream: FakeStream) -> None:
         self._enter("launch_graph")
         with self._lock:
+            self.enqueued.append("launch_graph")
+            self.replayed.append(graph)
             stream.waiting += graph

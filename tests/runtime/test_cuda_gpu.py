@@ -1,7 +1,8 @@
 """Kernel plans on a real GPU: graph and plain launches agree, memory comes back, and what does not fit is refused.
 
-The "model" is a chain of tokens, t -> (7 t + 3) mod vocabulary, in two Triton kernels compiled on the spot: whatever
-the runtime gets wrong with inputs, order of steps, weights or graphs breaks the chain.
+The "model" is a chain of tokens, t -> (7 t + 3) mod vocabulary, in Triton kernels compiled on the spot: whatever the
+runtime gets wrong with inputs, order of steps, weights or graphs breaks the chain. A step of decode-b1 is one launch,
+which moves on to the next token itself; in decode-b4 another launch does that, which reads the tokens back.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ if find_spec("triton") is None:
 
 import triton
 import triton.language as tl
-from ingot.runtime.ops.cuda.advance import advance_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -56,7 +56,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=30)
 @triton.jit
 def step_kernel(
     tokens, positions, last_index, bias, counter, logits, next_tokens, sampled_logits,
-    LENGTH: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+    LENGTH: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr, ADVANCE: tl.constexpr,
 ):  # fmt: skip
     """One program per row: logits = bias, raised at the chain's next token; -1 where what must be zero is not."""
     gdc_launch_dependents()
@@ -66,13 +66,29 @@ def step_kernel(
     if LENGTH > 1:
         column = tl.load(last_index)
     token = tl.load(tokens + row * LENGTH + column)
-    live = tl.load(positions + row * LENGTH + column) >= 0
+    position = tl.load(positions + row * LENGTH + column)
+    live = position >= 0
     following = tl.where(tl.load(counter) == 0, (token * 7 + 3) % VOCAB, -1)
     v = tl.arange(0, BLOCK)
     values = tl.load(bias + v, mask=v < VOCAB) + tl.where(v == following, 100.0, 0.0)
     tl.store(logits + row * VOCAB + v, values, mask=(v < VOCAB) & live)
     tl.store(next_tokens + row, following, mask=live)
     tl.store(sampled_logits + row, tl.load(bias + tl.maximum(following, 0)) + 100.0, mask=live)
+    if ADVANCE:
+        tl.store(tokens + row, following, mask=live)
+        tl.store(positions + row, position + 1, mask=live)
+
+
+@triton.jit
+def advance_kernel(next_tokens, tokens, positions, BATCH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One program: tokens = next_tokens and positions + 1 in rows that have a position."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.arange(0, BLOCK)
+    position = tl.load(positions + row, mask=row < BATCH, other=-1)
+    tl.store(tokens + row, tl.load(next_tokens + row, mask=position >= 0, other=0), mask=position >= 0)
+    tl.store(positions + row, position + 1, mask=position >= 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +111,9 @@ def compiled(function: Any, signature: tuple[str, ...], constants: tuple[int | b
     return Compiled(metadata.name, found.asm["cubin"], 32 * metadata.num_warps, metadata.shared)
 
 
-def step(length: int) -> Compiled:
+def step(length: int, advance: bool = False) -> Compiled:
     types = ("*i64", "*i64", "*i64", "*fp32", "*i32", "*fp32", "*i64", "*fp32")
-    return compiled(step_kernel, types, (length, VOCAB, 64), 10 * MAJOR + MINOR)
+    return compiled(step_kernel, types, (length, VOCAB, 64, advance), 10 * MAJOR + MINOR)
 
 
 def foreign() -> Compiled:
@@ -110,6 +126,8 @@ def advance(batch: int) -> Compiled:
 
 
 def kernels_of(entry: EngineEntry) -> dict[str, Compiled]:
+    if entry.phase == "decode" and entry.batch == 1:
+        return {"step-advance": step(1, advance=True)}
     found = {f"step-{entry.length}": step(entry.length)}
     return found | ({f"advance-{entry.batch}": advance(entry.batch)} if entry.phase == "decode" else {})
 
@@ -188,6 +206,24 @@ class TestOnTheGPU:
             assert group.engines["decode-b4"].asynchronous
         finally:
             group.close()
+
+    @pytest.mark.parametrize("graphs", [True, False])
+    @pytest.mark.parametrize("name", ["decode-b1", "decode-b4"])
+    def test_each_step_is_read_while_the_next_one_runs(self, tmp_path: Path, graphs: bool, name: str) -> None:
+        group = PlanGroup(write(tmp_path / "a"), 0.9, graphs)
+        engine = group.engines[name]
+        first = list(range(1, 1 + engine.entry.batch))
+        engine.inputs["tokens"][:, 0], engine.inputs["positions"][:] = first, 0
+        engine.run()
+        found = []
+        for _ in range(499):
+            engine.advance()
+            tokens, sampled = engine.earlier()
+            np.testing.assert_array_equal(sampled, BIAS[tokens] + np.float32(100))
+            found.append(tokens.tolist())
+        found.append(engine.next_tokens().tolist())
+        assert np.transpose(found).tolist() == [chain([token], 500) for token in first]
+        group.close()
 
     def test_logits_and_results_of_the_last_two_runs(self, tmp_path: Path) -> None:
         group = load_engines(write(tmp_path / "a"))

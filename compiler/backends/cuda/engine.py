@@ -22,7 +22,7 @@ from ....artifacts.kernel_plan import (
     ZeroRegion,
 )
 from ....passes.graph import TracedGraph
-from ....runtime.ops.cuda.advance import lower_advance
+from ....runtime.ops.cuda.spec import Lowering
 from ....runtime.ops.schema import overload
 from . import arena
 from .buffers import Argument, Region, Scalar
@@ -50,7 +50,7 @@ def providers() -> dict[Any, Any]:
 
     modules = {
         "fused_linear": linear, "attention_step": attention_step, "paged_attention": paged_attention,
-        "cache_write": cache_write, "sample": sample,
+        "cache_write": cache_write, "sample_with_logit": sample,
     }  # fmt: skip
     return {overload(name): module for name, module in modules.items()}
 
@@ -83,7 +83,8 @@ def compile_engines(
     lowered: dict[str, Lowered] = {}
     for name, make in lowerers.items():
         progress(name)
-        lowered[name] = _lower(name, make())
+        with _named(name):
+            lowered[name] = make().lower()
     reserved = max(arena.zeroed_bytes(engine.buffers) for engine in lowered.values())
     folder = root / KERNELS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,16 +107,15 @@ def _prepare(name: str, traced: TracedGraph, store: KernelStore, choose: Choose)
     with _named(name):
         program = make_program(traced, frozenset(served))
         wrapped = wrap(program)
-    return lambda: Lowerer(program, wrapped, served, store, choose, OUTPUTS)
+    amend = {overload("sample_with_logit"): _advancing} if name.startswith("decode") else {}
+    return lambda: Lowerer(program, wrapped, served, store, choose, OUTPUTS, amend)
 
 
-def _lower(name: str, lowerer: Lowerer) -> Lowered:
-    with _named(name):
-        lowered = lowerer.lower()
-    if name.startswith("decode"):
-        bound = {n: lowerer.inputs[n] for n in ("next_tokens", "tokens", "positions")}
-        lowerer.append_lowering(lower_advance(bound["next_tokens"].shape[0]), bound)
-    return lowered
+def _advancing(lowering: Lowering) -> Lowering:
+    """A decode engine's sampler, its last launch, also turns its tokens into the next step's input."""
+    from ....runtime.ops.cuda.sample import with_advance
+
+    return with_advance(lowering, "input.tokens", "input.positions")
 
 
 @contextmanager

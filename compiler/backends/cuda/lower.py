@@ -21,6 +21,8 @@ from .program import Program
 
 # Chooses a provider's configuration for one call.
 Choose = Callable[[str, Any, Operands], Config]
+# Changes what a provider launches; its pointers may then also name inputs of the graph, as "input.NAME".
+Amend = Callable[[Lowering], Lowering]
 _SCALARS = {"i32": "int32", "i64": "int64", "fp32": "float32", "fp64": "float64", "i1": "int32"}
 
 
@@ -59,21 +61,22 @@ class Lowerer:
     Args:
         providers: op overload -> provider module. choose: picks a configuration for a call.
         outputs: names of the graph's results in order; they become buffers of the space "output".
+        amend: op overload -> what is to be changed in the launches of its calls.
     """
 
     def __init__(
         self, program: Program, wrapped: Wrapped, providers: Mapping[Any, Any], store: KernelStore, choose: Choose,
-        outputs: Sequence[str],
+        outputs: Sequence[str], amend: Mapping[Any, Amend],
     ) -> None:  # fmt: skip
         self._program, self._wrapped, self._providers = program, wrapped, providers
-        self._store, self._choose, self._outputs = store, choose, tuple(outputs)
+        self._store, self._choose, self._outputs, self._amend = store, choose, tuple(outputs), amend
         self._survey = False
         self._written: set[Buffer] = set()
         self.calls: list[Call] = []
         self._values: dict[fx.Node, Any] = {}
         self.launches: list[Launch] = []
         self.buffers: list[Buffer] = []
-        self.inputs: dict[str, Region] = {}
+        self._inputs: dict[str, Region] = {}
 
     def survey(self) -> list[Call]:
         """The calls of ops with a provider, in order, without compiling anything.
@@ -122,7 +125,7 @@ class Lowerer:
     def _input(self, name: str, example: torch.Tensor) -> Region:
         space = "weight" if name in self._program.weights else "cache" if "_cache_" in name else "input"
         found = self.region(space, name, tuple(example.shape), example.dtype)
-        self.inputs[name] = found
+        self._inputs[name] = found
         return found
 
     def _call(self, node: fx.Node) -> Any:
@@ -175,8 +178,8 @@ class Lowerer:
         kernel = self._store.add_inductor(tuner)
         self._append(Launch(kernel, (x, y, z), tuple(arguments), False, kernel.name, 0))
 
-    def _op(self, node: fx.Node) -> Region | None:
-        """One of Ingot's ops."""
+    def _op(self, node: fx.Node) -> Region | tuple[Region, ...] | None:
+        """One of Ingot's ops; its result, several, or none."""
         target: Any = node.target
         schema = target._schema
         given = dict(zip((a.name for a in schema.arguments), node.args)) | dict(node.kwargs)
@@ -184,34 +187,39 @@ class Lowerer:
         tensors = {a.name: given.get(a.name) for a in schema.arguments if "Tensor" in str(a.type)}
         operands_: dict[str, Any] = {n: bound[n].spec() if n in bound else None for n in tensors}
         values = {n: v for n, v in given.items() if n not in tensors}
-        out = None
-        if schema.returns:
-            like = self._result_of(target, given, bound)
-            out = self.region("arena", "", tuple(like.shape), like.dtype)
-            bound["out"] = out
         stable = frozenset(name for name in operands_ if name in bound and self._is_stable(bound[name].buffer))
-        operands = Operands(operands_, values, {"out": out.spec()} if out else {}, stable)
+        likes = self._results_of(target, given, bound) if schema.returns else ()
+        names = ["out"] if len(likes) == 1 else [f"out{i}" for i in range(len(likes))]
+        outputs = {name: self.region("arena", "", like.shape, like.dtype) for name, like in zip(names, likes)}
+        operands = Operands(operands_, values, {name: region.spec() for name, region in outputs.items()}, stable)
         provider = self._providers[target]
         self.calls.append(Call(op_name(node), provider, operands))
         if not self._survey:
             config = self._choose(op_name(node), provider, operands)
-            self.append_lowering(provider.lower(operands, config), bound)
+            lowering = provider.lower(operands, config)
+            regions = {**bound, **outputs}
+            if target in self._amend:
+                lowering = self._amend[target](lowering)
+                regions |= {f"input.{name}": region for name, region in self._inputs.items()}
+            self._append_lowering(lowering, regions)
         self._written |= {bound[a.name].buffer for a in schema.arguments if a.alias_info and a.name in bound}
-        return out
+        results = tuple(outputs.values())
+        return results if len(results) > 1 else next(iter(results), None)
 
     def _is_stable(self, buffer: Buffer) -> bool:
         """Whether no launch so far writes it: it was complete before the run began."""
         return buffer.space != "arena" and buffer not in self._written
 
     @staticmethod
-    def _result_of(target: Any, given: Mapping[str, Any], bound: Mapping[str, Region]) -> torch.Tensor:
+    def _results_of(target: Any, given: Mapping[str, Any], bound: Mapping[str, Region]) -> tuple[torch.Tensor, ...]:
         metas = {
             n: torch.empty_strided(bound[n].shape, bound[n].strides, dtype=bound[n].dtype, device="meta")
             if n in bound else v for n, v in given.items()
         }  # fmt: skip
-        return target(**metas)
+        results = target(**metas)
+        return results if isinstance(results, tuple) else (results,)
 
-    def append_lowering(self, lowering: Lowering, bound: Mapping[str, Region]) -> None:
+    def _append_lowering(self, lowering: Lowering, bound: Mapping[str, Region]) -> None:
         """Append a provider's launches; `bound` gives its operands and outputs by name."""
         regions = dict(bound)
         for name, scratch in lowering.scratch.items():
@@ -250,4 +258,3 @@ class Lowerer:
                 )
             buffer.space, buffer.name = "output", name
             self.buffers.remove(buffer)
-            self.inputs[name] = region

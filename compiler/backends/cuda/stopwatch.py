@@ -43,6 +43,7 @@ class Stopwatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._sets = []
+        torch.cuda.empty_cache()
         self._driver.destroy_stream(self._stream)
         self._driver.close()
 

@@ -35,7 +35,8 @@ class Tuner:
         store: where kernels are compiled; what is chosen is there already when the engine asks for it.
         cache: a JSON file of earlier choices, read at the start and written by `save`; None keeps nothing.
         progress: told what is being measured.
-        chosen: what was chosen in this build, for the manifest: call -> {"config", "microseconds", "tried"}.
+        chosen: the configurations taken in this build by call, for the report. Times stay in the cache: no two
+            measurements are equal, and equal builds should be.
     """
 
     store: KernelStore
@@ -75,7 +76,7 @@ class Tuner:
         known = self._known.get(_key(call))
         if known is None:
             return provider.candidates(operands)[0]
-        self.chosen[_name(call)] = known
+        self.chosen[_name(call)] = known["config"]
         return known["config"]
 
     def save(self) -> None:

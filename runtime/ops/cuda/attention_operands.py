@@ -44,7 +44,8 @@ def check(op: str, operands: Operands) -> None:
     """Refuse a call that the attention kernels would compute wrongly.
 
     Raises:
-        ValueError: a type they do not know, shapes that do not fit each other, cos without sin, or a negative scale.
+        ValueError: a type they do not know, shapes that do not fit each other, cos without sin, or a scale that is not
+            above zero.
     """
     q, k_cache, v_cache = tensor(operands, "q"), tensor(operands, "k_cache"), tensor(operands, "v_cache")
     for name in ("q", "k", "v", "k_cache", "v_cache", "cos", "sin"):
@@ -53,8 +54,14 @@ def check(op: str, operands: Operands) -> None:
             raise ValueError(f"{op}: {name} is {spec.dtype}, q {q.dtype}; the kernel takes one of {', '.join(WIDTHS)}")
     if q.shape[1] % k_cache.shape[2] or k_cache.shape[:3] != v_cache.shape[:3] or q.shape[3] != k_cache.shape[3]:
         raise ValueError(f"{op}: q {q.shape} does not fit the caches {k_cache.shape} and {v_cache.shape}")
-    if (operands.tensors.get("cos") is None) != (operands.tensors.get("sin") is None):
+    cos, sin = operands.tensors.get("cos"), operands.tensors.get("sin")
+    if (cos is None) != (sin is None):
         raise ValueError(f"{op}: RoPE needs both cos and sin")
+    if cos is not None and sin is not None:
+        batch, dim = q.shape[0], q.shape[3]
+        if cos.shape != sin.shape or (cos.shape != (batch, 1, 1, dim) and cos.shape[1:] != (dim,)):
+            shapes = f"cos {cos.shape} and sin {sin.shape}"
+            raise ValueError(f"{op}: {shapes} are neither ({batch}, 1, 1, {dim}) nor tables of {dim} columns")
     if not operands.values["scale"] > 0:
         raise ValueError(f"{op}: scale is {operands.values['scale']}; the kernel takes one above zero")
 

@@ -41,46 +41,58 @@ def _normed(
 
 
 @triton.jit
+def optional(
+    pointer: tl.tensor, index: tl.tensor, STRIDE: tl.constexpr, DIM: tl.constexpr, PRESENT: tl.constexpr
+) -> tl.tensor:
+    """Elements `index` of a vector of DIM that may be absent; then something that nobody uses."""
+    if PRESENT:
+        return tl.load(pointer + index * STRIDE, mask=index < DIM, other=0.0)
+    else:
+        return index
+
+
+@triton.jit
+def partner_of(d: tl.tensor, DIM: tl.constexpr) -> tl.tensor:
+    """The element that `rotate_half` pairs with element `d`; where d is beyond DIM, the partner is as well."""
+    return tl.where(d < DIM // 2, d + DIM // 2, tl.where(d < DIM, d - DIM // 2, d))
+
+
+@triton.jit
 def prepared_heads(
-    rows: tl.tensor,
+    heads: tl.tensor,
+    d: tl.tensor,
+    STRIDE: tl.constexpr,
     seen: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
-    norm: tl.tensor,
+    weight: tl.tensor,
+    weight_other: tl.tensor,
     DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    DIM_STRIDE: tl.constexpr,
-    COS_STRIDE: tl.constexpr,
-    SIN_STRIDE: tl.constexpr,
-    NORM_STRIDE: tl.constexpr,
     HAS_ROPE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
     NARROW_FIRST: tl.constexpr,
 ) -> tl.tensor:
-    """Heads at the pointers `rows` [R, 1] after norm and RoPE, [R, DIM_PADDED] in their dtype; 0 where not `seen`."""
-    dtype = rows.dtype.element_ty
-    d = tl.arange(0, DIM_PADDED)[None, :]
-    inside = d < DIM
-    x = tl.load(rows + d * DIM_STRIDE, mask=seen & inside, other=0.0).to(tl.float32)
+    """Heads at the pointers `heads` after norm and RoPE, in their dtype; 0 where not `seen`.
+
+    `d` [R, DIM_PADDED] counts along each head; `cos`, `sin` and `weight` belong to d, `weight_other` to its partner.
+    """
+    dtype = heads.dtype.element_ty
+    x = tl.load(heads + d * STRIDE, mask=seen & (d < DIM), other=0.0).to(tl.float32)
     inverse = x
+    if HAS_ROPE:
+        # The partner is loaded again, from a cache near by, not exchanged.
+        other = partner_of(d, DIM)
+        turned = tl.load(heads + other * STRIDE, mask=seen & (other < DIM), other=0.0).to(tl.float32)
     if HAS_NORM:
         inverse = tl.rsqrt(tl.sum(x * x, 1) / DIM + EPS)[:, None]
-        weight = tl.load(norm + d * NORM_STRIDE, mask=inside, other=0.0)
         x = _normed(x, inverse, weight, dtype, OFFSET, NARROW_FIRST)
     if HAS_ROPE:
-        # rotate_half pairs d with d + DIM / 2: the partner is loaded again, from a cache near by, not exchanged.
-        first = d < DIM // 2
-        partner = tl.where(first, d + DIM // 2, d - DIM // 2)
-        turned = tl.load(rows + partner * DIM_STRIDE, mask=seen & inside, other=0.0).to(tl.float32)
         if HAS_NORM:
-            weight = tl.load(norm + partner * NORM_STRIDE, mask=inside, other=0.0)
-            turned = _normed(turned, inverse, weight, dtype, OFFSET, NARROW_FIRST)
-        turned = tl.where(first, -turned, turned)
-        c = tl.load(cos + d * COS_STRIDE, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(sin + d * SIN_STRIDE, mask=inside, other=0.0).to(tl.float32)
-        x = (x * c).to(dtype).to(tl.float32) + (turned * s).to(dtype).to(tl.float32)
+            turned = _normed(turned, inverse, weight_other, dtype, OFFSET, NARROW_FIRST)
+        turned = tl.where(d < DIM // 2, -turned, turned)
+        x = (x * cos.to(tl.float32)).to(dtype).to(tl.float32) + (turned * sin.to(tl.float32)).to(dtype).to(tl.float32)
     return x.to(dtype)
 
 
@@ -88,13 +100,12 @@ def prepared_heads(
 def chunk_of_split(
     position: tl.tensor, split: tl.tensor, SPLITS: tl.constexpr, GRAIN: tl.constexpr, WINDOW: tl.constexpr
 ) -> tl.tensor:
-    """The cached tokens [low, high) of this split, and how many splits have work (at least one)."""
+    """The cached tokens [low, high) of this split; of few tokens the last splits have none, and high <= low."""
     start = tl.maximum(position - WINDOW + 1, 0) if WINDOW else 0
     cached = tl.maximum(position - start, 0)
     size = tl.cdiv(tl.cdiv(cached, SPLITS), GRAIN) * GRAIN
     low = start + split * size
-    active = tl.maximum(tl.cdiv(cached, tl.maximum(size, 1)), 1)
-    return low, tl.minimum(low + size, position), active
+    return low, tl.minimum(low + size, position)
 
 
 @triton.jit
@@ -112,71 +123,162 @@ def prefetch_rows(rows: tl.tensor, DIM: tl.constexpr, LINES: tl.constexpr, LINE:
 
 
 @triton.jit
-def combine_splits(
-    partial: tl.tensor,
-    stats: tl.tensor,
-    active: tl.tensor,
-    SPLITS: tl.constexpr,
-    STEP: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
+def tile_rows(
+    heads: tl.tensor,
+    blocks: tl.tensor,
+    t: tl.tensor,
+    high: tl.tensor,
+    STRIDES: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+) -> tl.tensor:
+    """Keys or values of the tokens `t` [T] in the cache's `blocks` [T]: [T, DIM_PADDED], zeros from `high` on."""
+    slots = blocks.to(tl.int64) * STRIDES[0] + t % BLOCK_SIZE * STRIDES[1]
+    d = tl.arange(0, DIM_PADDED)[None, :]
+    # Masked rows are zeros, not what lies there: 0 * NaN would be NaN.
+    return tl.load(heads + slots[:, None] + d * STRIDES[3], mask=(t < high)[:, None] & (d < DIM), other=0.0)
+
+
+@triton.jit
+def attend(
+    queries: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    seen: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    acc: tl.tensor,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """The online softmax, its maximum [G], sum [G] and values [G, V], continued over one tile."""
+    scores = capped(tl.dot(queries, tl.trans(keys), input_precision=PRECISION), SCALE, SOFTCAP)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    # A chunk of no tokens must not compute inf - inf.
+    level = tl.where(higher == float("-inf"), 0.0, higher)
+    kept = tl.exp2(top - level)
+    weights = tl.exp2(scores - level[:, None])
+    total = total * kept + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * kept[:, None], input_precision=PRECISION)
+    return higher, total, acc
+
+
+@triton.jit
+def attend_chunk(
+    queries: tl.tensor,
+    k_heads: tl.tensor,
+    v_heads: tl.tensor,
+    table: tl.tensor,
+    blocks: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    acc: tl.tensor,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
     V_DIM: tl.constexpr,
     V_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    K_STRIDES: tl.constexpr,
+    V_STRIDES: tl.constexpr,
+    TABLE_STRIDE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """The softmax over all active splits of one (row, kv head): maximum [G], sum [G], values [G, V_DIM_PADDED]."""
-    g = tl.arange(0, GROUP_PADDED)
-    d = tl.arange(0, V_DIM_PADDED)[None, None, :]
-    top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PADDED], tl.float32)
-    acc = tl.zeros([GROUP_PADDED, V_DIM_PADDED], tl.float32)
-    for first in tl.range(0, active, STEP, num_stages=1):
-        split = first + tl.arange(0, STEP)
-        seen = (split < active)[:, None] & (g < GROUP)[None, :]
-        at = split[:, None] * GROUP + g[None, :]
-        # Other multiprocessors wrote these: L1 must not answer.
-        tops = tl.load(stats + at, mask=seen, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(stats + SPLITS * GROUP + at, mask=seen, other=0.0, cache_modifier=".cg")
-        values = tl.load(
-            partial + at[:, :, None] * V_DIM + d, mask=seen[:, :, None] & (d < V_DIM), other=0.0, cache_modifier=".cg"
-        )
-        higher = tl.maximum(top, tl.max(tops, 0))
-        # Heads beyond GROUP have -inf everywhere.
-        level = tl.where(higher == float("-inf"), 0.0, higher)
-        kept = tl.exp2(top - level)
-        weights = tl.exp2(tops - level[None, :])
-        total = total * kept + tl.sum(totals * weights, 0)
-        acc = acc * kept[:, None] + tl.sum(values * weights[:, :, None], 0)
-        top = higher
+    """`attend` over the tokens [low, high) in a pipelined loop; `blocks` are those of the first tile."""
+    for first in tl.range(low, high, BLOCK):
+        # The table is read one tile ahead of its use: were it read in the loop that uses it, Triton would pipeline it
+        # as well, and half of `num_stages` would go to it instead of keys and values.
+        now = blocks
+        t = first + tl.arange(0, BLOCK)
+        ahead = t + BLOCK
+        blocks = tl.load(table + ahead // BLOCK_SIZE * TABLE_STRIDE, mask=ahead < high, other=0)
+        keys = tile_rows(k_heads, now, t, high, K_STRIDES, DIM, DIM_PADDED, BLOCK_SIZE)
+        values = tile_rows(v_heads, now, t, high, V_STRIDES, V_DIM, V_DIM_PADDED, BLOCK_SIZE)
+        top, total, acc = attend(queries, keys, values, t < high, top, total, acc, SCALE, SOFTCAP, PRECISION)
     return top, total, acc
 
 
 @triton.jit
-def write_heads(
-    out: tl.tensor,
-    sinks: tl.tensor,
-    g: tl.tensor,
+def with_sink(
     top: tl.tensor,
     total: tl.tensor,
     acc: tl.tensor,
-    position: tl.tensor,
-    SINK_STRIDE: tl.constexpr,
+    sinks: tl.tensor,
+    g: tl.tensor,
+    known: tl.tensor,
+    STRIDE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    V_DIM: tl.constexpr,
-    V_DIM_PADDED: tl.constexpr,
-) -> None:
-    """Adds the sink to the denominator, divides, and writes the group's heads; a padding row becomes zeros."""
-    known = g < GROUP
+) -> tl.tensor:
+    """Sum [R] and values [R, V] of a softmax after the sinks of the heads `g` [R] have joined its denominator."""
     if HAS_SINKS:
-        sink = tl.load(sinks + g * SINK_STRIDE, mask=known, other=0.0).to(tl.float32) * LOG2E
+        sink = tl.load(sinks + g * STRIDE, mask=known, other=0.0).to(tl.float32) * LOG2E
         level = tl.maximum(top, sink)
         kept = tl.exp2(top - level)
-        total = total * kept + tl.exp2(sink - level)
-        acc = acc * kept[:, None]
-    d = tl.arange(0, V_DIM_PADDED)
-    result = tl.where(position >= 0, acc / tl.where(known, total, 1.0)[:, None], 0.0)
-    tl.store(
-        out + g[:, None] * V_DIM + d[None, :],
-        result.to(out.dtype.element_ty),
-        mask=known[:, None] & (d < V_DIM)[None, :],
-    )
+        return total * kept + tl.exp2(sink - level), acc * kept[:, None]
+    else:
+        return total, acc
+
+
+@triton.jit
+def combine_splits(
+    out: tl.tensor,
+    partial: tl.tensor,
+    levels: tl.tensor,
+    value: tl.tensor,
+    sinks: tl.tensor,
+    position: tl.tensor,
+    SPLITS: tl.constexpr,
+    STEP: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_DIM_PADDED: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    SINK_STRIDE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+) -> None:
+    """Adds the new token and all splits of one (row, kv head) up and writes the group's heads.
+
+    The whole program waits for its loads, so they come in one go, STEP splits at a time. Each thread adds up VECTOR
+    columns of its own and the level of their head: threads exchange nothing. A padding row becomes zeros.
+    """
+    r = tl.arange(0, GROUP_PADDED * V_DIM_PADDED // VECTOR)
+    g = r * VECTOR // V_DIM_PADDED
+    e = (r * VECTOR % V_DIM_PADDED)[:, None] + tl.arange(0, VECTOR)[None, :]
+    known = g < GROUP
+    inside = known[:, None] & (e < V_DIM)
+    places = g[:, None] * V_DIM + e
+    # Other multiprocessors wrote these: L1 must not answer.
+    top = tl.load(levels + SPLITS * GROUP + g, mask=known, other=0.0, cache_modifier=".cg")
+    total = tl.zeros_like(top) + 1.0
+    acc = tl.load(value + e * VALUE_STRIDE, mask=e < V_DIM, other=0.0).to(tl.float32)
+    for first in tl.range(0, SPLITS, STEP, num_stages=1):
+        tops, parts = (), ()
+        for i in tl.static_range(STEP):
+            at = (first + i) * GROUP
+            there = known
+            if SPLITS % STEP != 0:
+                there = known & (first + i < SPLITS)
+            level = tl.load(levels + at + g, mask=there, other=float("-inf"), cache_modifier=".cg")
+            part = tl.load(partial + at * V_DIM + places, mask=there[:, None] & inside, other=0.0, cache_modifier=".cg")
+            tops, parts = tops + (level,), parts + (part,)  # noqa: RUF005 - Triton has no unpacking here
+        higher = top
+        for i in tl.static_range(STEP):
+            higher = tl.maximum(higher, tops[i])
+        kept = tl.exp2(top - higher)
+        total, acc, top = total * kept, acc * kept[:, None], higher
+        for i in tl.static_range(STEP):
+            weight = tl.exp2(tops[i] - higher)
+            total += weight
+            acc += parts[i] * weight[:, None]
+    total, acc = with_sink(top, total, acc, sinks, g, known, SINK_STRIDE, HAS_SINKS)
+    result = tl.where(position >= 0, acc * (1.0 / total)[:, None], 0.0)
+    tl.store(out + places, result.to(out.dtype.element_ty), mask=inside)

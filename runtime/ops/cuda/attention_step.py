@@ -19,9 +19,16 @@ _GRAIN = 16
 # Shared memory for tiles on their way, of 227 KiB that a program can have.
 _TILE_BYTES = 160 << 10
 _OPTIONAL = ("cos", "sin", "q_norm", "k_norm", "sinks")
-# Times that the programs fill the GPU, tokens a tile, warps, pipeline stages.
-_NARROW = ((1, 64, 4, 3), (2, 64, 4, 3), (2, 32, 4, 4), (1, 128, 8, 3), (1, 64, 4, 4), (4, 32, 4, 3))
-_FLOAT32 = ((1, 32, 8, 2), (2, 16, 8, 2), (1, 16, 4, 2))
+# Times that the programs fill the GPU, tokens a tile, warps, pipeline stages, preload; by what a launch is bound by:
+# latency (a few rows), both, or memory alone.
+_Shapes = tuple[tuple[float, int, int, int, bool], ...]
+_FEW: _Shapes = ((1, 128, 8, 3, True), (1, 64, 4, 3, True), (0.5, 128, 8, 3, True), (2, 64, 4, 3, True),
+                 (1, 64, 4, 3, False))  # fmt: skip
+_SOME: _Shapes = ((2, 64, 4, 3, True), (1, 128, 8, 3, False), (4, 64, 4, 3, True), (2, 64, 4, 4, False),
+                  (1, 64, 4, 3, True))  # fmt: skip
+_MANY: _Shapes = ((1, 32, 4, 4, False), (1, 64, 4, 4, False), (1, 32, 4, 4, True), (2, 64, 4, 3, True),
+                  (1, 128, 8, 3, False))  # fmt: skip
+_FLOAT32: _Shapes = ((1, 32, 8, 2, True), (2, 16, 8, 2, True), (1, 16, 4, 2, False))
 
 
 def candidates(operands: Operands) -> list[Config]:
@@ -29,15 +36,29 @@ def candidates(operands: Operands) -> list[Config]:
     check("attention_step", operands)
     k_cache, v_cache, table = (tensor(operands, name) for name in ("k_cache", "v_cache", "block_tables"))
     block_size, kv_heads = k_cache.shape[1:3]
-    fill = max(1, power_of_two(_PROGRAMS // (table.shape[0] * kv_heads) + 1) // 2)
+    pairs = table.shape[0] * kv_heads
+    fill = max(1, power_of_two(_PROGRAMS // pairs + 1) // 2)
     most = min(_MOST_SPLITS, power_of_two(-(-table.shape[1] * block_size // _GRAIN)))
     row_bytes = (padded(k_cache.shape[3]) + padded(v_cache.shape[3])) * WIDTHS[k_cache.dtype]
+    shapes = _FLOAT32 if k_cache.dtype == "float32" else _FEW if fill > 2 else _SOME if pairs <= _PROGRAMS else _MANY
     made: list[Config] = []
-    for times, block, warps, stages in _FLOAT32 if k_cache.dtype == "float32" else _NARROW:
-        config = {"splits": min(most, fill * times), "block": block, "warps": warps, "stages": stages}
+    for times, block, warps, stages, preload in shapes:
+        splits = max(1, min(most, int(fill * times)))
+        config: Config = {
+            "splits": splits, "block": block, "warps": warps, "stages": stages,
+            "preload": preload and _early(operands) > 0 and {"k_cache", "v_cache"} <= operands.stable,
+        }  # fmt: skip
         if config not in made and block * row_bytes * (stages - 1) <= _TILE_BYTES:
             made.append(config)
     return made
+
+
+def _early(operands: Operands) -> int:
+    """What is read before the wait: 0 nothing, 1 positions, block tables and older tokens, 2 RoPE and norms as well."""
+    if not {"positions", "block_tables"} <= operands.stable:
+        return 0
+    vectors = {name for name in ("cos", "sin", "q_norm", "k_norm") if operands.tensors.get(name) is not None}
+    return 2 if vectors <= operands.stable else 1
 
 
 def lower(operands: Operands, config: Config) -> Lowering:
@@ -45,7 +66,8 @@ def lower(operands: Operands, config: Config) -> Lowering:
 
     Args:
         config: `splits`: into how many parts a row's tokens fall; `block`: tokens a tile, a power of two, at least 16;
-            `warps`; `stages` of the pipeline.
+            `warps`; `stages` of the pipeline; `preload`: whether the first tile is loaded into registers before the
+            launch before has finished, if nobody writes to it, or is only brought into the L2 cache.
 
     Raises:
         ValueError: the kernel cannot take the call.
@@ -58,6 +80,9 @@ def lower(operands: Operands, config: Config) -> Lowering:
     kv_heads, v_dim = k_cache.shape[2], v_cache.shape[3]
     group, splits, warps, block = heads // kv_heads, int(config["splits"]), int(config["warps"]), int(config["block"])
     line = 128 // WIDTHS[k_cache.dtype]
+    early, cos, sin = _early(operands), operands.tensors.get("cos"), operands.tensors.get("sin")
+    # Elements of the group's result that one thread adds up over the splits.
+    share = max(1, power_of_two(group) * padded(v_dim) // (32 * warps))
     constants = {
         **shared_constants(operands),
         "KV_HEADS": kv_heads,
@@ -65,26 +90,30 @@ def lower(operands: Operands, config: Config) -> Lowering:
         "K_STRIDES": tensor(operands, "k").strides,
         "V_STRIDES": tensor(operands, "v").strides,
         "POSITION_STRIDE": tensor(operands, "positions").strides[0],
-        "COS_STRIDES": strides(operands, "cos", 4),
-        "SIN_STRIDES": strides(operands, "sin", 4),
+        # From row to row (of the batch, or of the table) and along the head.
+        "COS_STRIDES": (0, 0) if cos is None else (cos.strides[0], cos.strides[-1]),
+        "SIN_STRIDES": (0, 0) if sin is None else (sin.strides[0], sin.strides[-1]),
         "Q_NORM_STRIDE": strides(operands, "q_norm", 1)[0],
         "K_NORM_STRIDE": strides(operands, "k_norm", 1)[0],
-        "HAS_ROPE": operands.tensors.get("cos") is not None,
+        "HAS_ROPE": cos is not None,
+        "ROPE_BY_POSITION": cos is not None and len(cos.shape) == 2,
         "HAS_Q_NORM": operands.tensors.get("q_norm") is not None,
         "HAS_K_NORM": operands.tensors.get("k_norm") is not None,
         "EPS": float(operands.values["eps"]),
         "OFFSET": float(operands.values["offset"]),
         "NARROW_FIRST": bool(operands.values["narrow_first"]),
         "SPLITS": splits,
-        # Splits added up at once: 64 float32 values a thread fit into registers.
-        "COMBINE_STEP": max(1, min(power_of_two(splits), 64 * 32 * warps // (power_of_two(group) * padded(v_dim)))),
+        # Splits added up at once, and neighbours that a thread loads at once: 64 float32 values fit into registers.
+        "COMBINE_STEP": max(1, min(power_of_two(splits), 64 // share)),
+        "COMBINE_VECTOR": min(4, share),
         "BLOCK": block,
         "GRAIN": min(block, _GRAIN),
         # Elements of a line of 128 bytes, and lines of a row of the cache.
         "LINE": line,
         "K_LINES": power_of_two(-(-dim // line)),
         "V_LINES": power_of_two(-(-v_dim // line)),
-        "EARLY": {"positions", "block_tables"} <= operands.stable,
+        "PRELOAD": bool(config["preload"]) and early > 0 and {"k_cache", "v_cache"} <= operands.stable,
+        "WAIT": early,
         "PDL": True,
     }
     names = ("q", "k", "v", "k_cache", "v_cache", "block_tables", "positions")
@@ -94,10 +123,11 @@ def lower(operands: Operands, config: Config) -> Lowering:
     if splits > 1:
         scratch = {
             "partial": Scratch((batch, kv_heads, splits, group, v_dim), "float32"),
-            "stats": Scratch((batch, kv_heads, 2, splits, group), "float32"),
+            # The base-2 logarithm of each split's share of the softmax, and behind them the new token's.
+            "levels": Scratch((batch, kv_heads, splits + 1, group), "float32"),
             "arrivals": Scratch((batch, kv_heads), "int32", zeroed=True),
         }
-    pointers |= {name: name if splits > 1 else "out" for name in ("partial", "stats", "arrivals")}
+    pointers |= {name: name if splits > 1 else "out" for name in ("partial", "levels", "arrivals")}
     call = KernelCall(
         function=decode_kernel,
         grid=(splits, kv_heads, batch),

@@ -1,8 +1,9 @@
 """The Triton kernel of a decode step's attention: norm, RoPE, cache write and split-KV attention in one launch.
 
 Flash-decoding (Dao et al. 2023) over a paged cache: every program takes one chunk of a row's tokens for all query heads
-that share a kv head, so that each key and value is read once. Programs leave their partial softmax in scratch; the
-last one to arrive adds the partials up in the order of the splits, so that the result does not depend on timing.
+that share a kv head, so that each key and value is read once. Programs leave their part of the softmax in scratch; the
+last one to arrive adds the parts up in the order of the splits, so that the result does not depend on timing. A small
+batch is bound by latency, not by memory: what can be read before the launch before has finished is read then.
 """
 
 from __future__ import annotations
@@ -11,7 +12,19 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_parts import capped, chunk_of_split, combine_splits, prefetch_rows, prepared_heads, write_heads
+from .attention_parts import (
+    attend,
+    attend_chunk,
+    capped,
+    chunk_of_split,
+    combine_splits,
+    optional,
+    partner_of,
+    prefetch_rows,
+    prepared_heads,
+    tile_rows,
+    with_sink,
+)
 
 
 @triton.jit
@@ -29,7 +42,7 @@ def decode_kernel(
     k_norm: tl.tensor,
     sinks: tl.tensor,
     partial: tl.tensor,
-    stats: tl.tensor,
+    levels: tl.tensor,
     arrivals: tl.tensor,
     out: tl.tensor,
     KV_HEADS: tl.constexpr,
@@ -53,6 +66,7 @@ def decode_kernel(
     K_NORM_STRIDE: tl.constexpr,
     SINK_STRIDE: tl.constexpr,
     HAS_ROPE: tl.constexpr,
+    ROPE_BY_POSITION: tl.constexpr,
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -64,13 +78,15 @@ def decode_kernel(
     SOFTCAP: tl.constexpr,
     SPLITS: tl.constexpr,
     COMBINE_STEP: tl.constexpr,
+    COMBINE_VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     GRAIN: tl.constexpr,
     PRECISION: tl.constexpr,
     K_LINES: tl.constexpr,
     V_LINES: tl.constexpr,
     LINE: tl.constexpr,
-    EARLY: tl.constexpr,
+    PRELOAD: tl.constexpr,
+    WAIT: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """One split of one kv head of one row; see `attention_step.lower` for what the constants mean."""
@@ -80,102 +96,111 @@ def decode_kernel(
     v_heads = v_cache + head * V_CACHE_STRIDES[2]
     if PDL:
         gdc_launch_dependents()
-        if not EARLY:
+        if WAIT == 0:
             gdc_wait()
     position = tl.load(positions + row * POSITION_STRIDE).to(tl.int32)
-    low, high, active = chunk_of_split(position, split, SPLITS, GRAIN, WINDOW)
-    if split >= active:
-        return
-
-    # The table is read one tile ahead of its use: were it read in the loop that uses it, Triton would pipeline it as
-    # well, and half of `num_stages` would go to it instead of keys and values.
-    t = low + tl.arange(0, BLOCK)
-    coming = tl.load(table + t // BLOCK_SIZE * TABLE_STRIDES[1], mask=t < high, other=0)
-    if PDL and EARLY:
-        # Nobody writes position and table in this run, so they are known while the launch before still computes
-        # q, k and v: time to bring the first tile into L2. (Unseen tokens name the null block, which is there.)
-        near, inside = coming.to(tl.int64), t % BLOCK_SIZE
-        prefetch_rows(k_heads + near * K_CACHE_STRIDES[0] + inside * K_CACHE_STRIDES[1], DIM, K_LINES, LINE)
-        prefetch_rows(v_heads + near * V_CACHE_STRIDES[0] + inside * V_CACHE_STRIDES[1], V_DIM, V_LINES, LINE)
-        gdc_wait()
-    g = tl.arange(0, GROUP_PADDED)
-    d = tl.arange(0, DIM_PADDED)
-    e = tl.arange(0, V_DIM_PADDED)
-    cos_row, sin_row = cos + row * COS_STRIDES[0], sin + row * SIN_STRIDES[0]
-    q_rows = q + row * Q_STRIDES[0] + (head * GROUP + g)[:, None] * Q_STRIDES[1]
-    queries = prepared_heads(
-        q_rows, (g < GROUP)[:, None], cos_row, sin_row, q_norm, DIM, DIM_PADDED, Q_STRIDES[3], COS_STRIDES[3],
-        SIN_STRIDES[3], Q_NORM_STRIDE, HAS_ROPE, HAS_Q_NORM, EPS, OFFSET, NARROW_FIRST,
-    )  # fmt: skip
-
-    # The new token belongs to the last active split, whose chunk is the shortest. It is written to the cache and
-    # attended to from registers: no program ever reads what this launch writes.
-    mine = split == active - 1
-    one = tl.arange(0, 1)[:, None]
-    key = prepared_heads(
-        k + row * K_STRIDES[0] + head * K_STRIDES[1] + one, (one == 0) & mine, cos_row, sin_row, k_norm, DIM,
-        DIM_PADDED, K_STRIDES[3], COS_STRIDES[3], SIN_STRIDES[3], K_NORM_STRIDE, HAS_ROPE, HAS_K_NORM, EPS, OFFSET,
-        NARROW_FIRST,
-    ).to(k_cache.dtype.element_ty)  # fmt: skip
-    value = tl.load(v + row * V_STRIDES[0] + head * V_STRIDES[1] + e * V_STRIDES[3], mask=(e < V_DIM) & mine, other=0.0)
-    value = value.to(v_cache.dtype.element_ty)
+    low, high = chunk_of_split(position, split, SPLITS, GRAIN, WINDOW)
+    # The new token belongs to the last split, whose chunk is the shortest. It is written to the cache and attended to
+    # from registers: no program ever reads what this launch writes.
+    mine = split == SPLITS - 1
     write = mine & (position >= 0)
-    own = tl.load(table + position // BLOCK_SIZE * TABLE_STRIDES[1], mask=write, other=0)
-    k_slot = own.to(tl.int64) * K_CACHE_STRIDES[0] + position % BLOCK_SIZE * K_CACHE_STRIDES[1]
-    v_slot = own.to(tl.int64) * V_CACHE_STRIDES[0] + position % BLOCK_SIZE * V_CACHE_STRIDES[1]
-    d_row = d[None, :]
-    tl.store(k_heads + k_slot + d_row * K_CACHE_STRIDES[3], key, mask=(d_row < DIM) & write)
-    tl.store(v_heads + v_slot + e * V_CACHE_STRIDES[3], value, mask=(e < V_DIM) & write)
+    own = tl.load(table + position // BLOCK_SIZE * TABLE_STRIDES[1], mask=write, other=0).to(tl.int64)
+    t = low + tl.arange(0, BLOCK)
+    blocks = tl.load(table + t // BLOCK_SIZE * TABLE_STRIDES[1], mask=t < high, other=0)
+    # Nobody writes position, table and older tokens in this run: time to fetch the first tile while the launch before
+    # still computes q, k and v. (Unseen tokens name the null block, which is there.)
+    if PRELOAD:
+        keys = tile_rows(k_heads, blocks, t, high, K_CACHE_STRIDES, DIM, DIM_PADDED, BLOCK_SIZE)
+        values = tile_rows(v_heads, blocks, t, high, V_CACHE_STRIDES, V_DIM, V_DIM_PADDED, BLOCK_SIZE)
+    elif PDL and WAIT > 0:
+        near, inner = blocks.to(tl.int64), t % BLOCK_SIZE
+        prefetch_rows(k_heads + near * K_CACHE_STRIDES[0] + inner * K_CACHE_STRIDES[1], DIM, K_LINES, LINE)
+        prefetch_rows(v_heads + near * V_CACHE_STRIDES[0] + inner * V_CACHE_STRIDES[1], V_DIM, V_LINES, LINE)
+    if PDL and WAIT == 1:
+        gdc_wait()
 
+    # All that q's heads and the new key are made of has one shape and so one layout: nothing moves between threads.
+    g = tl.arange(0, GROUP_PADDED)
+    known = g < GROUP
+    d = tl.broadcast_to(tl.arange(0, DIM_PADDED)[None, :], [GROUP_PADDED, DIM_PADDED])
+    e = tl.arange(0, V_DIM_PADDED)
+    other = partner_of(d, DIM)
+    angle = tl.maximum(position, 0) if ROPE_BY_POSITION else row
+    c = optional(cos + angle * COS_STRIDES[0], d, COS_STRIDES[1], DIM, HAS_ROPE)
+    s = optional(sin + angle * SIN_STRIDES[0], d, SIN_STRIDES[1], DIM, HAS_ROPE)
+    q_weight = optional(q_norm, d, Q_NORM_STRIDE, DIM, HAS_Q_NORM)
+    q_weight_other = optional(q_norm, other, Q_NORM_STRIDE, DIM, HAS_Q_NORM and HAS_ROPE)
+    k_weight = optional(k_norm, d, K_NORM_STRIDE, DIM, HAS_K_NORM)
+    k_weight_other = optional(k_norm, other, K_NORM_STRIDE, DIM, HAS_K_NORM and HAS_ROPE)
+    if PDL and WAIT == 2:
+        gdc_wait()
+    q_row = q + row * Q_STRIDES[0] + (head * GROUP + g)[:, None] * Q_STRIDES[1]
+    queries = prepared_heads(
+        q_row, d, Q_STRIDES[3], known[:, None], c, s, q_weight, q_weight_other, DIM, HAS_ROPE, HAS_Q_NORM, EPS, OFFSET,
+        NARROW_FIRST,
+    )  # fmt: skip
+    key = prepared_heads(
+        k + row * K_STRIDES[0] + head * K_STRIDES[1], d, K_STRIDES[3], mine, c, s, k_weight, k_weight_other, DIM,
+        HAS_ROPE, HAS_K_NORM, EPS, OFFSET, NARROW_FIRST,
+    )  # fmt: skip
+    v_row = v + row * V_STRIDES[0] + head * V_STRIDES[1]
+    value = tl.load(v_row + e * V_STRIDES[3], mask=(e < V_DIM) & mine, other=0.0)
+    inner = position % BLOCK_SIZE
+    k_slot = k_heads + own * K_CACHE_STRIDES[0] + inner * K_CACHE_STRIDES[1]
+    v_slot = v_heads + own * V_CACHE_STRIDES[0] + inner * V_CACHE_STRIDES[1]
+    tl.store(k_slot + d * K_CACHE_STRIDES[3], key, mask=(g == 0)[:, None] & (d < DIM) & write)
+    tl.store(v_slot + e * V_CACHE_STRIDES[3], value, mask=(e < V_DIM) & write)
     score = capped(tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1), SCALE, SOFTCAP)
-    top = tl.where(mine, score, float("-inf"))
-    total = tl.where(mine, tl.full([GROUP_PADDED], 1.0, tl.float32), 0.0)
-    acc = tl.zeros([GROUP_PADDED, V_DIM_PADDED], tl.float32) + value.to(tl.float32)[None, :]
-    for first in tl.range(low, high, BLOCK):
-        block = coming.to(tl.int64)
-        t = first + tl.arange(0, BLOCK)
-        seen = t < high
-        ahead = t + BLOCK
-        coming = tl.load(table + ahead // BLOCK_SIZE * TABLE_STRIDES[1], mask=ahead < high, other=0)
-        k_slots = block * K_CACHE_STRIDES[0] + t % BLOCK_SIZE * K_CACHE_STRIDES[1]
-        v_slots = block * V_CACHE_STRIDES[0] + t % BLOCK_SIZE * V_CACHE_STRIDES[1]
-        # Masked rows are zeros, not what lies there: 0 * NaN would be NaN.
-        keys = tl.load(
-            k_heads + k_slots[:, None] + d[None, :] * K_CACHE_STRIDES[3],
-            mask=seen[:, None] & (d < DIM)[None, :],
-            other=0.0,
-        )
-        values = tl.load(
-            v_heads + v_slots[:, None] + e[None, :] * V_CACHE_STRIDES[3],
-            mask=seen[:, None] & (e < V_DIM)[None, :],
-            other=0.0,
-        )
-        scores = capped(tl.dot(queries, tl.trans(keys), input_precision=PRECISION), SCALE, SOFTCAP)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        kept = tl.exp2(top - higher)
-        weights = tl.exp2(scores - higher[:, None])
-        total = total * kept + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(values.dtype), values, acc * kept[:, None], input_precision=PRECISION)
-        top = higher
 
-    out += (row * KV_HEADS + head) * GROUP * V_DIM
-    sinks += head * GROUP * SINK_STRIDE
-    if SPLITS > 1 and active > 1:
-        pair = row * KV_HEADS + head
+    pair = row * KV_HEADS + head
+    if SPLITS == 1:
+        top, total = score, tl.full([GROUP_PADDED], 1.0, tl.float32)
+        acc = tl.zeros([GROUP_PADDED, V_DIM_PADDED], tl.float32) + value.to(tl.float32)[None, :]
+    else:
+        # Who adds the splits up begins with the new token; its score is left for them.
+        levels += pair * (SPLITS + 1) * GROUP
         partial += pair * SPLITS * GROUP * V_DIM
-        stats += pair * 2 * SPLITS * GROUP
+        tl.store(levels + SPLITS * GROUP + g, score, mask=known & mine)
+        top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_PADDED], tl.float32)
+        acc = tl.zeros([GROUP_PADDED, V_DIM_PADDED], tl.float32)
+    if PRELOAD:
+        top, total, acc = attend(queries, keys, values, t < high, top, total, acc, SCALE, SOFTCAP, PRECISION)
+        low += BLOCK
+        # A chunk of one tile does not even fill the loop's pipeline.
+        if low < high:
+            t = low + tl.arange(0, BLOCK)
+            blocks = tl.load(table + t // BLOCK_SIZE * TABLE_STRIDES[1], mask=t < high, other=0)
+            top, total, acc = attend_chunk(
+                queries, k_heads, v_heads, table, blocks, low, high, top, total, acc, DIM, DIM_PADDED, V_DIM,
+                V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES, V_CACHE_STRIDES, TABLE_STRIDES[1], SCALE, SOFTCAP, BLOCK,
+                PRECISION,
+            )  # fmt: skip
+    else:
+        top, total, acc = attend_chunk(
+            queries, k_heads, v_heads, table, blocks, low, high, top, total, acc, DIM, DIM_PADDED, V_DIM,
+            V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES, V_CACHE_STRIDES, TABLE_STRIDES[1], SCALE, SOFTCAP, BLOCK,
+            PRECISION,
+        )  # fmt: skip
+
+    out += pair * GROUP * V_DIM
+    sinks += head * GROUP * SINK_STRIDE
+    if SPLITS == 1:
+        total, acc = with_sink(top, total, acc, sinks, g, known, SINK_STRIDE, HAS_SINKS)
+        result = tl.where(position >= 0, acc / tl.where(known, total, 1.0)[:, None], 0.0).to(out.dtype.element_ty)
+        tl.store(out + g[:, None] * V_DIM + e[None, :], result, mask=known[:, None] & (e < V_DIM)[None, :])
+    else:
+        # A chunk of no tokens weighs nothing and holds zeros.
         at = split * GROUP + g
-        tl.store(stats + at, top, mask=g < GROUP)
-        tl.store(stats + SPLITS * GROUP + at, total, mask=g < GROUP)
-        tl.store(partial + at[:, None] * V_DIM + e[None, :], acc, mask=(g < GROUP)[:, None] & (e < V_DIM)[None, :])
+        total = tl.where(total > 0.0, total, 1.0)
+        tl.store(levels + at, top + tl.log2(total), mask=known)
+        acc *= (1.0 / total)[:, None]
+        tl.store(partial + at[:, None] * V_DIM + e[None, :], acc, mask=known[:, None] & (e < V_DIM)[None, :])
         # All threads have stored before one of them releases; the last program's acquire sees every split's stores.
         tl.debug_barrier()
-        if tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu") == active - 1:
+        if tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
             tl.store(arrivals + pair, 0)
-            level, sums, mixed = combine_splits(
-                partial, stats, active, SPLITS, COMBINE_STEP, GROUP, GROUP_PADDED, V_DIM, V_DIM_PADDED
-            )
-            write_heads(out, sinks, g, level, sums, mixed, position, SINK_STRIDE, HAS_SINKS, GROUP, V_DIM, V_DIM_PADDED)
-    else:
-        write_heads(out, sinks, g, top, total, acc, position, SINK_STRIDE, HAS_SINKS, GROUP, V_DIM, V_DIM_PADDED)
+            combine_splits(
+                out, partial, levels, v_row, sinks, position, SPLITS, COMBINE_STEP, COMBINE_VECTOR, GROUP,
+                GROUP_PADDED, V_DIM, V_DIM_PADDED, V_STRIDES[3], SINK_STRIDE, HAS_SINKS,
+            )  # fmt: skip

@@ -2,6 +2,7 @@
 
 Tiles are walked in groups of rows, so that the programs that run at the same time share their operands in the L2
 cache. Loads are pipelined by Triton (cp.async, `num_stages` tiles deep) and feed the warp groups' matrix instructions.
+Where tiles are too few to fill the machine, several programs share one, each with a part of k, as in `skinny`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .linear_parts import gated, load, rounded, weight_rows
+from .linear_parts import added_parts, gated, leave_part, load, rounded, weight_rows
 
 
 @triton.jit
@@ -19,6 +20,8 @@ def gemm(
     weight: tl.tensor,
     bias: tl.tensor,
     residual: tl.tensor,
+    partial: tl.tensor,
+    arrivals: tl.tensor,
     out: tl.tensor,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -33,10 +36,14 @@ def gemm(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """A program computes a tile of BLOCK_M rows and, of the weight, BLOCK_N rows: half as many columns when gated."""
+    """SPLITS programs compute a tile of BLOCK_M rows and, of the weight, BLOCK_N rows: half as many columns when gated.
+
+    SPLITS divides the steps of BLOCK_K.
+    """
     if PDL:
         gdc_launch_dependents()
     GLU: tl.constexpr = ACTIVATION != ""
@@ -44,29 +51,36 @@ def gemm(
     COLUMNS: tl.constexpr = N // 2 if GLU else N
     TILES_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     TILES_N: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
+    PART: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K // SPLITS * BLOCK_K
     program = tl.program_id(0)
-    group = program // (GROUP * TILES_N)
+    tile_index = program // SPLITS
+    group = tile_index // (GROUP * TILES_N)
     height = min(TILES_M - group * GROUP, GROUP)
-    within = program % (GROUP * TILES_N)
+    within = tile_index % (GROUP * TILES_N)
     first_m = (group * GROUP + within % height) * BLOCK_M
     first_n = within // height * WIDTH
 
     m = first_m + tl.arange(0, BLOCK_M)
     m = m.to(tl.int64) if WIDE_OFFSETS else m
-    rows = weight_rows(first_n, BLOCK_N, N, GLU, GATE_FIRST, 1)
+    rows = weight_rows(first_n, tl.arange(0, BLOCK_N), N, GLU, GATE_FIRST, 1)
     index = rows.to(tl.int64) if WIDE_OFFSETS else rows
-    k = tl.arange(0, BLOCK_K)
+    k = program % SPLITS * PART + tl.arange(0, BLOCK_K)
     # Rows past the last repeat it: whatever they give is not stored, and no row sees another.
     x_source = x + tl.minimum(m, M - 1)[:, None] * X_STRIDE + k[None, :]
     source = weight + index[:, None] * K + k[None, :]
     if PDL:
         gdc_wait()
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(0, PART, BLOCK_K):
         inside = (k + start < K)[None, :]
         value = load(x_source + start, inside, K % BLOCK_K != 0, "")
         tile = load(source + start, inside, K % BLOCK_K != 0, "")
         total = tl.dot(value, tl.trans(tile), total, input_precision="ieee")
+    if SPLITS > 1:
+        place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        if not leave_part(partial, arrivals, total, place, program, BLOCK_M * BLOCK_N, SPLITS):
+            return
+        total = added_parts(partial, place, program, BLOCK_M * BLOCK_N, SPLITS)
     y = total
     if HAS_BIAS:
         y += tl.load(bias + rows).to(tl.float32)[None, :]

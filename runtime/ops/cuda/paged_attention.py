@@ -22,7 +22,7 @@ def candidates(operands: Operands) -> list[Config]:
     elif length < 64:
         shapes = ((16, 64, 4, 3), (16, 128, 4, 3))
     elif dim <= 128:
-        shapes = ((128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 4), (64, 64, 4, 3))
+        shapes = ((64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3))
     else:
         shapes = ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2))
     most = max(16, power_of_two(length))

@@ -1,9 +1,13 @@
-"""CUDA provider of `ingot::sample`: one token per row in a single launch, see `sample_kernels`.
+"""CUDA provider of `ingot::sample_with_logit`: a token and its logit per row in a single launch, see `sample_kernels`.
 
 Rows choose what is done for them at run time, from their parameters, so one plan serves greedy and sampled requests.
+In decode engines the same launch turns the tokens into the next step's input, so that steps follow each other on the
+device and the host reads tokens behind it: `with_advance`.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from .sample_kernels import sample_kernel
 from .spec import Config, KernelCall, Lowering, Operands, Scratch, TensorSpec
@@ -34,7 +38,8 @@ def lower(operands: Operands, config: Config) -> Lowering:
 
     Args:
         operands: logits [batch, vocabulary] float32, the vocabulary without gaps; temperature, top_p and min_p float32,
-            top_k int32, seeds and positions int64, [batch] each and of any stride; "out" [batch] int64.
+            top_k int32, seeds and positions int64, [batch] each and of any stride; "out0" [batch] int64, the tokens;
+            "out1" [batch] float32, their logits.
         config: "chunk", logits per program; "block", logits per step of a threshold's search (both powers of two, at
             least 32); "num_warps".
 
@@ -53,10 +58,13 @@ def lower(operands: Operands, config: Config) -> Lowering:
         "listed": Scratch((batch, peaks), "int32"),
         "arrived": Scratch((batch,), "int32", zeroed=True),
     }
+    pointers = {name: name for name in ("logits", *(name for name, _ in _PER_ROW))}
+    pointers |= {"tokens": "out0", "logit": "out1", **{name: name for name in scratch}}
     call = KernelCall(
         sample_kernel,
         (chunks, batch, 1),
-        {name: name for name in ("logits", *(name for name, _ in _PER_ROW), "out", *scratch)},
+        # The last two are touched with ADVANCE alone.
+        {**pointers, "input_tokens": "out0", "input_positions": "out0"},
         {
             "V": vocabulary,
             **{f"{name.upper()}_STRIDE": stride for name, stride in strides.items()},
@@ -66,6 +74,8 @@ def lower(operands: Operands, config: Config) -> Lowering:
             "GROUP": GROUP,
             "PEAKS": peaks,
             "BLOCK": block,
+            "ADVANCE": False,
+            "EARLY": all(name in operands.stable for name, _ in _PER_ROW),
             "PDL": True,
         },
         num_warps=int(config["num_warps"]),
@@ -73,6 +83,19 @@ def lower(operands: Operands, config: Config) -> Lowering:
         label="sample",
     )
     return Lowering((call,), scratch)
+
+
+def with_advance(lowering: Lowering, tokens: str, positions: str) -> Lowering:
+    """What `lower` gave, as the last launch of a decode step: it also prepares the next one.
+
+    Each row that has a position takes its sampled token as its input and moves on by one position; padding (-1) stays
+    as it is. `tokens` and `positions` name these inputs, both [batch, 1] int64 and contiguous; the operand positions
+    may be a view of the latter.
+    """
+    (call,) = lowering.calls
+    pointers = {**call.pointers, "input_tokens": tokens, "input_positions": positions}
+    call = replace(call, pointers=pointers, constants={**call.constants, "ADVANCE": True})
+    return replace(lowering, calls=(call,))
 
 
 def _check(operands: Operands) -> tuple[int, int, dict[str, int]]:

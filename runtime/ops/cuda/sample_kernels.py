@@ -1,4 +1,4 @@
-"""The Triton kernel of `ingot::sample`: one launch, whatever each row asks for.
+"""The Triton kernel of `ingot::sample_with_logit`: one launch, whatever each row asks for.
 
 Every program scans one chunk of a row; the last of a row to finish decides. Greedy and untruncated rows only take a
 maximum (of the logits, or of logits and noise). Where top-k, top-p or min-p cut, the threshold is searched exactly, by
@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def ordered(z):
+def ordered(z: tl.tensor) -> tl.tensor:
     """int32 keys in the order of float32 numbers: a NaN is above all, both zeros are one number."""
     bits = z.to(tl.int32, bitcast=True)
     key = tl.where(z == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
@@ -22,19 +22,29 @@ def ordered(z):
 
 
 @triton.jit
-def number(key):
+def number(key: tl.tensor) -> tl.tensor:
     """The float32 of an int32 key."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def ranked(z, index):
+def ranked(z: tl.tensor, index: tl.tensor) -> tl.tensor:
     """int64 whose maximum is the largest z and, among equals, the lowest index."""
     return (ordered(z).to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
 @triton.jit
-def mix32(x):
+def first_largest(z: tl.tensor, index: tl.tensor) -> tl.tensor:
+    """The maximum of `ranked`, for half the instructions per number; every index is below 2^30."""
+    largest = tl.max(z)
+    # A maximum passes over NaN. Where there is one, the first comes before all else.
+    place = tl.min(tl.where(z == largest, index, tl.where(z != z, index - 0x40000000, 0x40000000)))
+    nan = place < 0
+    return ranked(tl.where(nan, float("nan"), largest), tl.where(nan, place + 0x40000000, place))
+
+
+@triton.jit
+def mix32(x: tl.tensor) -> tl.tensor:
     """Finalizer of a 32-bit integer hash ("lowbias32", Wellons 2018) on uint32."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
@@ -44,7 +54,7 @@ def mix32(x):
 
 
 @triton.jit
-def row_hash(seed, position):
+def row_hash(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
     """What seed and position, int64 each, add to a row's random bits."""
     h = mix32(seed.to(tl.uint32) + 0x9E3779B9)
     h = mix32(h ^ (seed >> 32).to(tl.uint32))
@@ -52,7 +62,7 @@ def row_hash(seed, position):
 
 
 @triton.jit
-def gumbel(hashed, index):
+def gumbel(hashed: tl.tensor, index: tl.tensor) -> tl.tensor:
     """Gumbel noise of the tokens `index`; its float steps are those of `reference.gumbel_noise`."""
     bits = mix32(hashed ^ (index.to(tl.uint32) * 0x9E3779B9))
     uniform = ((bits >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
@@ -60,14 +70,17 @@ def gumbel(hashed, index):
 
 
 @triton.jit
-def pivots(lo, hi):
+def pivots(lo: tl.tensor, hi: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Three keys that cut lo .. hi into quarters; all lie below hi."""
     middle = lo + ((hi - lo) >> 1)
     return lo + ((middle - lo) >> 1), middle, middle + ((hi - middle) >> 1)
 
 
 @triton.jit
-def narrow(lo, hi, p1, p2, p3, limit, s1, s2, s3):
+def narrow(
+    lo: tl.tensor, hi: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, limit: tl.tensor, s1: tl.tensor,
+    s2: tl.tensor, s3: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """The quarter of lo .. hi with the smallest key above which less than `limit` lies; s is what lies above p."""
     low = tl.where(s1 < limit, lo, tl.where(s2 < limit, p1 + 1, tl.where(s3 < limit, p2 + 1, p3 + 1)))
     high = tl.where(s1 < limit, p1, tl.where(s2 < limit, p2, tl.where(s3 < limit, p3, hi)))
@@ -75,14 +88,16 @@ def narrow(lo, hi, p1, p2, p3, limit, s1, s2, s3):
 
 
 @triton.jit
-def load_peaks(peaks, GROUPS: tl.constexpr, PEAKS: tl.constexpr):
+def load_peaks(peaks: tl.tensor, GROUPS: tl.constexpr, PEAKS: tl.constexpr) -> tl.tensor:
     """The key of every group's largest z, and beyond them keys below that of any number."""
     every = tl.arange(0, PEAKS)
     return tl.load(peaks + every, mask=every < GROUPS, other=-0x80000000, cache_modifier=".cg")
 
 
 @triton.jit
-def list_groups(listed, peaks, lo, GROUPS: tl.constexpr, PEAKS: tl.constexpr):
+def list_groups(
+    listed: tl.tensor, peaks: tl.tensor, lo: tl.tensor, GROUPS: tl.constexpr, PEAKS: tl.constexpr
+) -> tl.tensor:
     """Write the indices of the groups whose peak lies above key lo, in order, to `listed`; return how many."""
     wanted = (load_peaks(peaks, GROUPS, PEAKS) > lo.to(tl.int32)).to(tl.int32)
     slot = tl.cumsum(wanted, 0) - 1
@@ -94,7 +109,7 @@ def list_groups(listed, peaks, lo, GROUPS: tl.constexpr, PEAKS: tl.constexpr):
 
 
 @triton.jit
-def divided(row, index, inside, t):
+def divided(row: tl.tensor, index: tl.tensor, inside: tl.tensor, t: tl.tensor) -> tl.tensor:
     """The logits at `index` over t, rounded as IEEE division is; -inf where not `inside`."""
     # 0 in the meantime: dividing an infinity takes the division's slow path.
     z = tl.load(row + index, mask=inside, other=0.0)
@@ -102,7 +117,10 @@ def divided(row, index, inside, t):
 
 
 @triton.jit
-def load_groups(row, listed, start, count, t, V: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr):
+def load_groups(
+    row: tl.tensor, listed: tl.tensor, start: tl.tensor, count: tl.tensor, t: tl.tensor, V: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """z [ROWS, GROUP] of the groups from list position `start` on, -inf beyond its end, and their indices."""
     slot = start + tl.arange(0, ROWS)
     group = tl.load(listed + slot, mask=slot < count, other=0)
@@ -111,8 +129,10 @@ def load_groups(row, listed, start, count, t, V: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def above(row, listed, count, t, top, p1, p2, p3, COUNT: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
-          GROUP: tl.constexpr):  # fmt: skip
+def above(
+    row: tl.tensor, listed: tl.tensor, count: tl.tensor, t: tl.tensor, top: tl.tensor, p1: tl.tensor, p2: tl.tensor,
+    p3: tl.tensor, COUNT: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """What of the listed groups lies above each of three keys: tokens (COUNT), or their sum of exp(z - top)."""
     sum1 = tl.zeros([ROWS, GROUP], tl.float32)
     sum2 = tl.zeros([ROWS, GROUP], tl.float32)
@@ -130,8 +150,11 @@ def above(row, listed, count, t, top, p1, p2, p3, COUNT: tl.constexpr, V: tl.con
 
 
 @triton.jit
-def search(row, listed, peaks, t, top, lo, hi, limit, COUNT: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
-           GROUP: tl.constexpr, GROUPS: tl.constexpr, PEAKS: tl.constexpr):  # fmt: skip
+def search(
+    row: tl.tensor, listed: tl.tensor, peaks: tl.tensor, t: tl.tensor, top: tl.tensor, lo: tl.tensor, hi: tl.tensor,
+    limit: tl.tensor, COUNT: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, PEAKS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """The smallest key from lo to hi above which less than `limit` lies (as `above` measures it)."""
     count = tl.full((), PEAKS + ROWS, tl.int32)
     while lo < hi:
@@ -145,7 +168,9 @@ def search(row, listed, peaks, t, top, lo, hi, limit, COUNT: tl.constexpr, V: tl
 
 
 @triton.jit
-def kth_peak(peaks, k, lo, hi, GROUPS: tl.constexpr, PEAKS: tl.constexpr):
+def kth_peak(
+    peaks: tl.tensor, k: tl.tensor, lo: tl.tensor, hi: tl.tensor, GROUPS: tl.constexpr, PEAKS: tl.constexpr
+) -> tl.tensor:
     """The k-th largest peak, or lo if it is smaller: at least k tokens are as large, so it bounds the k-th largest."""
     keys = load_peaks(peaks, GROUPS, PEAKS)
     while lo < hi:
@@ -158,8 +183,11 @@ def kth_peak(peaks, k, lo, hi, GROUPS: tl.constexpr, PEAKS: tl.constexpr):
 
 
 @triton.jit
-def draw_truncated(row, listed, peaks, best, masses, t, k, p, m, hashed, hi, V: tl.constexpr, ROWS: tl.constexpr,
-                   GROUP: tl.constexpr, GROUPS: tl.constexpr, PEAKS: tl.constexpr):  # fmt: skip
+def draw_truncated(
+    row: tl.tensor, listed: tl.tensor, peaks: tl.tensor, best: tl.tensor, masses: tl.tensor, t: tl.tensor,
+    k: tl.tensor, p: tl.tensor, m: tl.tensor, hashed: tl.tensor, hi: tl.tensor, V: tl.constexpr, ROWS: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, PEAKS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """`ranked` of the token drawn from what min-p, top-k and top-p leave of a row whose largest z has the key hi.
 
     `best` and `masses` are its chunks' maxima (ranked) and sums of exp(z - maximum). A token stays in the nucleus while
@@ -193,27 +221,42 @@ def draw_truncated(row, listed, peaks, best, masses, t, k, p, m, hashed, hi, V: 
     while start < count:
         z, index = load_groups(row, listed, start, count, t, V, ROWS, GROUP)
         noisy = tl.where(ordered(z) >= low.to(tl.int32), z + gumbel(hashed, index), float("-inf"))
-        winner = tl.maximum(winner, tl.max(ranked(noisy, index)))
+        winner = tl.maximum(winner, first_largest(noisy, index))
         start += ROWS
     return winner
 
 
 @triton.jit
 def sample_kernel(
-    logits, temperature, top_k, top_p, min_p, seeds, positions, out, best, masses, peaks, listed, arrived,
-    V: tl.constexpr, LOGITS_STRIDE: tl.constexpr, TEMPERATURE_STRIDE: tl.constexpr, TOP_K_STRIDE: tl.constexpr,
+    logits: tl.tensor, temperature: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, min_p: tl.tensor, seeds: tl.tensor,
+    positions: tl.tensor, tokens: tl.tensor, logit: tl.tensor, best: tl.tensor, masses: tl.tensor, peaks: tl.tensor,
+    listed: tl.tensor, arrived: tl.tensor, input_tokens: tl.tensor, input_positions: tl.tensor, V: tl.constexpr,
+    LOGITS_STRIDE: tl.constexpr, TEMPERATURE_STRIDE: tl.constexpr, TOP_K_STRIDE: tl.constexpr,
     TOP_P_STRIDE: tl.constexpr, MIN_P_STRIDE: tl.constexpr, SEEDS_STRIDE: tl.constexpr,
     POSITIONS_STRIDE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
-    GROUP: tl.constexpr, PEAKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    GROUP: tl.constexpr, PEAKS: tl.constexpr, BLOCK: tl.constexpr, ADVANCE: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:  # fmt: skip
     """Grid (CHUNKS, batch). Scratch per row: best [CHUNKS] int64, masses [CHUNKS], peaks and listed [PEAKS] int32 (one
     per GROUP logits), arrived [1] int32, zero before and after. CHUNKS_PADDED and PEAKS are powers of two.
+
+    ADVANCE: a row that has a position gets its token as next input, and moves on by one. EARLY: no launch before this
+    one writes the parameters.
     """
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+        if not EARLY:
+            gdc_wait()
     chunk = tl.program_id(0)
     b = tl.program_id(1)
+    t = tl.load(temperature + b * TEMPERATURE_STRIDE)
+    k = tl.load(top_k + b * TOP_K_STRIDE)
+    p = tl.load(top_p + b * TOP_P_STRIDE)
+    m = tl.load(min_p + b * MIN_P_STRIDE)
+    position = tl.load(positions + b * POSITIONS_STRIDE)
+    hashed = row_hash(tl.load(seeds + b * SEEDS_STRIDE), position)
+    if PDL and EARLY:
+        gdc_wait()
     row = logits + b.to(tl.int64) * LOGITS_STRIDE
     GROUPS: tl.constexpr = CHUNK // GROUP
     group = chunk * GROUPS + tl.arange(0, GROUPS)
@@ -222,18 +265,13 @@ def sample_kernel(
     best += b * CHUNKS
     masses += b * CHUNKS
     peaks += b * PEAKS
-    t = tl.load(temperature + b * TEMPERATURE_STRIDE)
-    k = tl.load(top_k + b * TOP_K_STRIDE)
-    p = tl.load(top_p + b * TOP_P_STRIDE)
-    m = tl.load(min_p + b * MIN_P_STRIDE)
-    hashed = row_hash(tl.load(seeds + b * SEEDS_STRIDE), tl.load(positions + b * POSITIONS_STRIDE))
     drawn = t > 0
     truncated = drawn & (((k > 0) & (k < V)) | (p < 1) | (m > 0))
     if drawn:
         z = tl.div_rn(z, t)
         if not truncated:
             z += gumbel(hashed, index)
-    largest = tl.max(ranked(z, index))
+    largest = first_largest(z, index)
     tl.store(best + chunk, largest)
     if truncated:
         tl.store(peaks + group, tl.max(ordered(z), 1))
@@ -253,4 +291,14 @@ def sample_kernel(
                 row, listed + b * PEAKS, peaks, found, mass, t, k, p, m, hashed, winner >> 32,
                 V, BLOCK // GROUP, GROUP, CHUNKS * GROUPS, PEAKS,
             )  # fmt: skip
-        tl.store(out + b, 0x7FFFFFFF - (winner & 0xFFFFFFFF))
+        token = 0x7FFFFFFF - (winner & 0xFFFFFFFF)
+        tl.store(tokens + b, token)
+        # The key of a greedy row's winner is its logit's; temperature and noise are in the others'.
+        value = number((winner >> 32).to(tl.int32))
+        if drawn:
+            value = tl.load(row + token)
+        tl.store(logit + b, value)
+        if ADVANCE:
+            # All programs of the row have read its position before they arrived.
+            tl.store(input_tokens + b, token, mask=position >= 0)
+            tl.store(input_positions + b, position + 1, mask=position >= 0)

@@ -23,12 +23,16 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 _ALLOWED = {BF16: (8e-3, 8e-3), FP16: (1e-3, 1e-3), FP32: (1e-5, 1e-5)}
 
 # What an engine's launches do not write before attention.
-_STABLE = ("k_cache", "v_cache", "block_tables", "positions")
+_STABLE = ("k_cache", "v_cache", "block_tables", "positions", "q_norm", "k_norm")
+_TABLES = frozenset({"cos", "sin"})
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `starts`: position of the first query of each row, `lengths` how many follow; the rest is padding."""
+    """One call. `starts`: position of the first query of each row, `lengths` how many follow; the rest is padding.
+
+    `table`: a step's cosines and sines are whole tables.
+    """
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...] = ()
@@ -43,6 +47,7 @@ class Case:
     sinks: bool = False
     norm: str = ""
     rope: bool = True
+    table: bool = False
     stable: bool = True
     config: tuple[int, ...] = ()
 
@@ -54,19 +59,20 @@ class Case:
         )
 
 
-# config: splits, tokens a tile.
+# config: splits, tokens a tile, whether the first one is loaded ahead.
 STEPS = (
-    Case((0,), dtype=FP32, config=(1, 16)),
-    Case((0, 1, 2, 3, 4, 5), dtype=FP32, block_size=4, config=(2, 16)),
-    Case((-1, 15, 16, 17, 31, -1), dtype=FP32, kv_heads=2, config=(3, 16)),
-    Case((95, 150, 3), dim=64, heads=8, dtype=FP32, sinks=True, norm="narrow", config=(4, 32)),
-    Case((200, -1, 64), dim=80, heads=6, kv_heads=2, dtype=FP32, softcap=20.0, norm="wide", config=(3, 16)),
-    Case((129, 65, 7, 40), v_dim=24, dtype=FP32, window=33, block_size=4, sinks=True, config=(2, 16)),
-    Case((70,), dtype=FP32, window=1, rope=False, config=(4, 16)),
-    Case((257, 111), dim=64, heads=8, kv_heads=2, norm="narrow", config=(4, 32)),
-    Case((63, 128, -1), dim=128, heads=8, sinks=True, softcap=50.0, config=(1, 64)),
-    Case((255,), dim=128, heads=8, config=(5, 64)),
-    Case((90, 40), dim=96, heads=2, kv_heads=2, dtype=FP16, window=64, norm="wide", rope=False, config=(2, 32)),
+    Case((0,), dtype=FP32, config=(1, 16, True)),
+    Case((0, 1, 2, 3, 4, 5), dtype=FP32, block_size=4, table=True, config=(2, 16, False)),
+    Case((-1, 15, 16, 17, 31, -1), dtype=FP32, kv_heads=2, config=(3, 16, True)),
+    Case((95, 150, 3), dim=64, heads=8, dtype=FP32, sinks=True, norm="narrow", table=True, config=(4, 32, True)),
+    Case((200, -1, 64), dim=80, heads=6, kv_heads=2, dtype=FP32, softcap=20.0, norm="wide", config=(3, 16, False)),
+    Case((129, 65, 7, 40), v_dim=24, dtype=FP32, window=33, block_size=4, sinks=True, config=(2, 16, True)),
+    Case((70,), dtype=FP32, window=1, rope=False, config=(4, 16, True)),
+    Case((257, 111), dim=64, heads=8, kv_heads=2, norm="narrow", config=(4, 32, False)),
+    Case((63, 128, -1), dim=128, heads=8, sinks=True, softcap=50.0, table=True, config=(1, 64, True)),
+    Case((255,), dim=128, heads=8, config=(5, 64, True)),
+    Case((130,), dim=256, heads=8, config=(32, 16, False)),
+    Case((90, 40), dim=96, heads=2, kv_heads=2, dtype=FP16, window=64, norm="wide", rope=False, config=(2, 32, True)),
 )
 # config: queries and keys a tile.
 PREFILLS = (
@@ -95,7 +101,7 @@ def run_cases(device: str) -> dict[str, float]:
 
 
 # Shapes of an 8B model, every candidate of which runs on the GPU.
-BIG_STEP = Case((1500, -1, 63, 0, 777), heads=32, kv_heads=8, dim=128)
+BIG_STEP = Case((1500, -1, 63, 0, 777), heads=32, kv_heads=8, dim=128, table=True)
 BIG_PREFILL = Case((100,), (1000,), heads=32, kv_heads=8, dim=128)
 
 
@@ -157,7 +163,7 @@ class _Call:
         return {"scale": self.case.dim**-0.5, "window": self.case.window, "softcap": self.case.softcap}
 
     def operands(self) -> Operands:
-        stable = frozenset(_STABLE if self.case.stable else ())
+        stable = frozenset(_STABLE if self.case.stable else ()) | (_TABLES if self.case.table else frozenset())
         return Operands(_specs(self.tensors), self.values(), {"out": spec(self.out)}, stable)
 
     def cloned(self) -> dict[str, Any]:
@@ -167,12 +173,16 @@ class _Call:
 
 
 class Step(_Call):
-    """A decode step: RoPE tables that all rows share, norms where asked for."""
+    """A decode step: cosines that all rows share and sines of their own, or tables of both; norms where asked for."""
 
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device)
-        cos = self.random(1, 1, 1, case.dim).expand(self.batch, 1, 1, case.dim) if case.rope else None
-        sin = self.random(self.batch, 1, 1, case.dim) if case.rope else None
+        cos = sin = None
+        if case.table:
+            cos, sin = (self.random(max(case.starts) + 1, case.dim) for _ in range(2))
+        elif case.rope:
+            cos = self.random(1, 1, 1, case.dim).expand(self.batch, 1, 1, case.dim)
+            sin = self.random(self.batch, 1, 1, case.dim)
         norms = {name: self.random(case.dim) if case.norm else None for name in ("q_norm", "k_norm")}
         self.tensors |= {"cos": cos, "sin": sin, **norms}
 
@@ -230,8 +240,8 @@ def step(case: Case, device: str, config: Config | None = None) -> float:
     """The step's result, and what it leaves in the caches, against the reference."""
     call = Step(case, device)
     if config is None:
-        splits, block = case.config
-        config = {"splits": splits, "block": block, "warps": 4, "stages": 2}
+        splits, block, preload = case.config
+        config = {"splits": splits, "block": block, "warps": 4, "stages": 2, "preload": bool(preload)}
     theirs, ours = call.cloned(), call.cloned() | {"out": call.out}
     wanted = fused_reference.attention_step(**theirs, **call.values())
     launch(attention_step.lower(call.operands(), config), ours)
@@ -252,8 +262,8 @@ def prefill(case: Case, device: str, config: Config | None = None) -> float:
 
 def rows_apart(device: str) -> bool:
     """Whether a row's result is the same bits in a batch and alone."""
-    case = Case((65, 130, -1, 31), heads=4, kv_heads=2, dtype=FP16, config=(4, 16))
-    config = {"splits": 4, "block": 16, "warps": 4, "stages": 2}
+    case = Case((65, 130, -1, 31), heads=4, kv_heads=2, dtype=FP16)
+    config = {"splits": 4, "block": 16, "warps": 4, "stages": 2, "preload": True}
     call = Step(case, device)
     launch(attention_step.lower(call.operands(), config), call.cloned() | {"out": call.out})
     for row in range(call.batch):

@@ -1,16 +1,16 @@
 """Cases of the CUDA sampler against the plain reference, on a GPU or (run as a script) in Triton's interpreter.
 
-`run_cases(device)` gives for every case the rows whose token is wrong; an empty list is right.
+`run_cases(device)` gives for every case the rows whose token or its logit is wrong; an empty list is right.
 """
 
 from __future__ import annotations
 
 import json
+import math
 
 import torch
 from ingot.runtime.ops import reference
-from ingot.runtime.ops.cuda.advance import lower_advance
-from ingot.runtime.ops.cuda.sample import candidates, lower
+from ingot.runtime.ops.cuda.sample import candidates, lower, with_advance
 from ingot.runtime.ops.cuda.spec import Lowering, Operands, TensorSpec
 from torch import Tensor
 
@@ -63,17 +63,26 @@ def launch(lowering: Lowering, tensors: dict[str, Tensor]) -> None:
         assert not (wanted.zeroed and scratch[name].any()), f"{name} is not left zero"
 
 
-def draw(logits: Tensor, rows: list[tuple], device: str, config: dict | None = None, apart: int = 1) -> list[int]:
-    """Tokens of the kernel; the parameters of neighbouring rows lie `apart` elements apart."""
+def given(logits: Tensor, rows: list[tuple], device: str, apart: int = 1) -> tuple[dict[str, Tensor], Operands]:
+    """All tensors of a call; the parameters of neighbouring rows lie `apart` elements apart."""
     tensors = {"logits": logits.to(device)}
     for (name, dtype), column in zip(PARAMETERS, zip(*rows)):
         wide = torch.full((len(rows), apart), -77, dtype=dtype)
         wide[:, 0] = torch.tensor(column, dtype=dtype)
         tensors[name] = wide.to(device)[:, 0]
-    out = torch.full((len(rows),), -1, dtype=torch.int64, device=device)
-    operands = Operands({k: spec(v) for k, v in tensors.items()}, {}, {"out": spec(out)})
-    launch(lower(operands, config or candidates(operands)[0]), {**tensors, "out": out})
-    return out.tolist()
+    outputs = {"out0": torch.full((len(rows),), -1, dtype=torch.int64, device=device)}
+    outputs["out1"] = torch.full((len(rows),), -77.0, device=device)
+    specs = [{k: spec(v) for k, v in some.items()} for some in (tensors, outputs)]
+    return tensors | outputs, Operands(specs[0], {}, specs[1])
+
+
+def draw(
+    logits: Tensor, rows: list[tuple], device: str, config: dict | None = None, apart: int = 1
+) -> list[tuple[int, float]]:
+    """The kernel's tokens and their logits."""
+    tensors, operands = given(logits, rows, device, apart)
+    launch(lower(operands, config or candidates(operands)[0]), tensors)
+    return list(zip(tensors["out0"].tolist(), tensors["out1"].tolist()))
 
 
 def expect(logits: Tensor, rows: list[tuple]) -> list[int]:
@@ -81,8 +90,14 @@ def expect(logits: Tensor, rows: list[tuple]) -> list[int]:
     return reference.sample(logits, *columns).tolist()
 
 
-def wrong(got: list[int], wanted: list[int], rows: list[tuple]) -> list:
-    return [(row, token, right) for row, token, right in zip(rows, got, wanted) if token != right]
+def wrong(got: list[tuple[int, float]], wanted: list[int], logits: Tensor, rows: list[tuple]) -> list:
+    """Rows that got another token than wanted, or another number than the token's logit."""
+    found = []
+    for row, (token, logit), right, own in zip(rows, got, wanted, logits):
+        value = own[right].item()
+        if token != right or (logit != value and not (math.isnan(logit) and math.isnan(value))):
+            found.append((row, token, right, logit, value))
+    return found
 
 
 def mixed_rows(count: int, seed: int, step: int = 1) -> list[tuple]:
@@ -103,7 +118,7 @@ def against_reference(
 ) -> list:
     rows = mixed_rows(count, vocabulary, step)
     logits = random_logits(len(rows), vocabulary, spread, vocabulary)
-    return wrong(draw(logits, rows, device, config), expect(logits, rows), rows)
+    return wrong(draw(logits, rows, device, config), expect(logits, rows), logits, rows)
 
 
 def ties(device: str) -> list:
@@ -112,7 +127,7 @@ def ties(device: str) -> list:
     logits = (random_logits(len(rows), 700, 2.0, 3)).round()
     logits[::2] -= 4
     assert ((logits == 0) & torch.signbit(logits)).any()
-    return wrong(draw(logits, rows, device, SMALL), expect(logits, rows), rows)
+    return wrong(draw(logits, rows, device, SMALL), expect(logits, rows), logits, rows)
 
 
 def masked_logits(device: str) -> list:
@@ -122,7 +137,7 @@ def masked_logits(device: str) -> list:
     logits[logits < 1] = float("-inf")
     logits[::2] = float("-inf")
     logits[::2, [1500, 2999]] = torch.tensor([-3.0, -2.0])
-    return wrong(draw(logits, rows, device, SMALL), expect(logits, rows), rows)
+    return wrong(draw(logits, rows, device, SMALL), expect(logits, rows), logits, rows)
 
 
 def non_finite(device: str) -> list:
@@ -135,23 +150,23 @@ def non_finite(device: str) -> list:
     logits[2] = float("-inf")
     logits[3, 2099] = -torch.tensor(float("nan"))
     rows = [row for row in parameters for _ in range(4)]
-    got = draw(logits.repeat(len(parameters), 1), rows, device, SMALL)
-    return wrong(got, [77, 1005, 0, 2099] * len(parameters), rows)
+    logits = logits.repeat(len(parameters), 1)
+    return wrong(draw(logits, rows, device, SMALL), [77, 1005, 0, 2099] * len(parameters), logits, rows)
 
 
 def strided(device: str) -> list:
     """Logits that are part of a wider tensor, parameters that are columns."""
     rows = mixed_rows(1, 6, 3)
     logits = random_logits(len(rows), 1500, 2.0, 6)[:, :1001]
-    return wrong(draw(logits, rows, device, SMALL, apart=3), expect(logits, rows), rows)
+    return wrong(draw(logits, rows, device, SMALL, apart=3), expect(logits, rows), logits, rows)
 
 
 def alone(device: str) -> list:
     """A row's token does not depend on the batch it is drawn in."""
     rows = mixed_rows(1, 8)[5:9]
     logits = random_logits(len(rows), 5000, 1.0, 8)
-    single = [draw(logits[i : i + 1], rows[i : i + 1], device)[0] for i in range(len(rows))]
-    return wrong(draw(logits, rows, device), single, rows)
+    single = [draw(logits[i : i + 1], rows[i : i + 1], device)[0][0] for i in range(len(rows))]
+    return wrong(draw(logits, rows, device), single, logits, rows)
 
 
 def largest_uniform(device: str) -> list:
@@ -165,18 +180,25 @@ def largest_uniform(device: str) -> list:
     winner = (int(noise.argmax()) + 1) % size
     logits[0, winner] = 40.0
     rows = [(1.0, 0, 1.0, 0.0, seed, 0)]
-    return wrong(draw(logits, rows, device), [winner], rows)
+    return wrong(draw(logits, rows, device), [winner], logits, rows)
 
 
-def advance(device: str, batch: int) -> list:
-    """Each live row takes its token and moves by one position; padding stays as it is."""
-    following = torch.arange(100, 100 + batch, device=device)
-    tokens = torch.full((batch, 1), 9, dtype=torch.int64, device=device)
-    positions = torch.arange(-1, batch - 1, device=device)[:, None].clone()
-    launch(lower_advance(batch), {"next_tokens": following, "tokens": tokens, "positions": positions})
-    wanted = [(9, -1), *((100 + i, i) for i in range(1, batch))]
-    got = list(zip(tokens[:, 0].tolist(), positions[:, 0].tolist()))
-    return [(a, b) for a, b in zip(got, wanted) if a != b]
+def advance(device: str) -> list:
+    """Each live row takes its token and moves by one position, padding stays as it is; the tokens are the same ones.
+
+    As in an engine, the positions that rows are drawn for are those that move.
+    """
+    rows = [(*row[:5], -1 if i % 4 == 1 else row[5]) for i, row in enumerate(mixed_rows(1, 9))]
+    logits = random_logits(len(rows), 1300, 1.0, 9)
+    tensors, operands = given(logits, rows, device)
+    inputs = {"input.tokens": torch.full((len(rows), 1), 9, dtype=torch.int64, device=device)}
+    inputs["input.positions"] = tensors["positions"][:, None]
+    launch(with_advance(lower(operands, SMALL), *inputs), tensors | inputs)
+    tokens = tensors["out0"].tolist()
+    moved = list(zip(tokens, *(tensor[:, 0].tolist() for tensor in inputs.values())))
+    wanted = [(t, 9, -1) if row[5] < 0 else (t, t, row[5] + 1) for t, row in zip(tokens, rows)]
+    found: list = [(a, b) for a, b in zip(moved, wanted) if a != b]
+    return found + wrong(list(zip(tokens, tensors["out1"].tolist())), expect(logits, rows), logits, rows)
 
 
 def run_cases(device: str) -> dict[str, list]:
@@ -195,9 +217,7 @@ def run_cases(device: str) -> dict[str, list]:
         "strided": strided(device),
         "alone": alone(device),
         "largest uniform": largest_uniform(device),
-        "advance 1": advance(device, 1),
-        "advance 5": advance(device, 5),
-        "advance 64": advance(device, 64),
+        "advance": advance(device),
     }
 
 

@@ -1,4 +1,4 @@
-"""The CUDA sampler and `advance`: tokens as the reference gives them, and code that waits before it reads."""
+"""The CUDA sampler: tokens as the reference gives them, and code that waits before it touches what others write."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from ingot.runtime.ops.cuda.spec import TRITON_DTYPES, KernelCall, Operands, TensorSpec
+from ingot.runtime.ops.cuda.spec import TRITON_DTYPES, Lowering, Operands, TensorSpec
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 DTYPES = {
-    **{"logits": "float32", "temperature": "float32", "top_k": "int32", "top_p": "float32", "min_p": "float32"},
-    **{"seeds": "int64", "positions": "int64", "out": "int64", "next_tokens": "int64", "tokens": "int64"},
-}
+    "logits": "float32", "temperature": "float32", "top_k": "int32", "top_p": "float32", "min_p": "float32",
+    "seeds": "int64", "positions": "int64", "out0": "int64", "out1": "float32", "input.tokens": "int64",
+    "input.positions": "int64",
+}  # fmt: skip
+PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
 
 
-def operands_of(batch: int, vocabulary: int, **changed: TensorSpec | None) -> Operands:
-    rows = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
-    tensors: dict[str, TensorSpec | None] = {name: TensorSpec((batch,), (1,), DTYPES[name]) for name in rows}
+def operands_of(batch: int, vocabulary: int, stable: tuple[str, ...] = (), **changed: TensorSpec | None) -> Operands:
+    tensors: dict[str, TensorSpec | None] = {name: TensorSpec((batch,), (1,), DTYPES[name]) for name in PARAMETERS}
     tensors["logits"] = TensorSpec((batch, vocabulary), (vocabulary, 1), "float32")
-    return Operands({**tensors, **changed}, {}, {"out": TensorSpec((batch,), (1,), "int64")})
+    outputs = {name: TensorSpec((batch,), (1,), DTYPES[name]) for name in ("out0", "out1")}
+    return Operands({**tensors, **changed}, {}, outputs, frozenset(stable))
 
 
-def compile_to_ptx(call: KernelCall, dtypes: dict[str, str]) -> str:
+def compile_to_ptx(lowering: Lowering) -> str:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    (call,) = lowering.calls
+    assert call.dependent
+    dtypes = {**DTYPES, **{name: made.dtype for name, made in lowering.scratch.items()}}
     names = call.function.arg_names
     source = triton.compiler.ASTSource(
         fn=call.function,
@@ -68,25 +73,38 @@ def test_it_compiles_for_hopper(vocabulary):
     operands = operands_of(2, vocabulary)
     (config,) = candidates(operands)
     lowering = lower(operands, config)
-    (call,) = lowering.calls
-    ptx = compile_to_ptx(call, {**DTYPES, **{name: made.dtype for name, made in lowering.scratch.items()}})
+    ptx = compile_to_ptx(lowering)
     assert ("ld.global.v4.b32" in ptx) == (vocabulary % 4 == 0)
     assert ".local" not in ptx
-    assert_waits_first(ptx)
+    before, after = ptx.split("griddepcontrol.wait;")
+    assert touched(before) == []
+    assert set(touched(after)) == {"ld", "st", "atom"}
 
 
-def test_advance_compiles_for_hopper():
-    from ingot.runtime.ops.cuda.advance import lower_advance
+def test_parameters_that_no_launch_writes_are_read_before_it_waits():
+    from ingot.runtime.ops.cuda.sample import candidates, lower
 
-    (call,) = lower_advance(64).calls
-    assert call.dependent
-    assert_waits_first(compile_to_ptx(call, DTYPES))
+    operands = operands_of(2, 50257, stable=PARAMETERS)
+    ptx = compile_to_ptx(lower(operands, candidates(operands)[0]))
+    before, _ = ptx.split("griddepcontrol.wait;")
+    assert touched(before) == ["ld"] * len(PARAMETERS)
+    operands = operands_of(2, 50257, stable=PARAMETERS[:-1])
+    assert lower(operands, candidates(operands)[0]).calls[0].constants["EARLY"] is False
 
 
-def assert_waits_first(ptx: str) -> None:
-    touched = re.search(r"(ld|st|atom)\.global", ptx)
-    assert touched is not None
-    assert 0 < ptx.index("griddepcontrol.wait") < touched.start()
+def test_with_advance_it_stores_two_numbers_more():
+    from ingot.runtime.ops.cuda.sample import candidates, lower, with_advance
+
+    operands = operands_of(2, 50257)
+    plain = lower(operands, candidates(operands)[0])
+    advancing = with_advance(plain, "input.tokens", "input.positions")
+    counts = [touched(compile_to_ptx(lowering)).count("st") for lowering in (plain, advancing)]
+    assert counts[1] == counts[0] + 2
+
+
+def touched(ptx: str) -> list[str]:
+    """Accesses to global memory, in order."""
+    return re.findall(r"(ld|st|atom)\.global", ptx)
 
 
 @pytest.mark.parametrize(
