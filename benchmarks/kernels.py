@@ -92,10 +92,9 @@ def cases(model: str, batches: list[int], lengths: list[int], contexts: list[int
                   "top_k": dense(batch, dtype="int32"), "top_p": dense(batch, dtype="float32"),
                   "min_p": dense(batch, dtype="float32"), "seeds": dense(batch, dtype="int64"),
                   "positions": dense(batch, dtype="int64")}  # fmt: skip
-        found.append(
-            Case(f"sample b{batch}", sample, Operands(logits, {}, {"out": dense(batch, dtype="int64")}),
-                 batch * vocab * 4)
-        )  # fmt: skip
+        outputs = {"out0": dense(batch, dtype="int64"), "out1": dense(batch, dtype="float32")}
+        operands = Operands(logits, {}, outputs, frozenset(logits) - {"logits"})
+        found.append(Case(f"sample b{batch}", sample, operands, batch * vocab * 4))
     for length in lengths:
         found.append(prefill_case(length, heads, kv, dim))
     return found
@@ -117,10 +116,10 @@ def step_case(batch: int, heads: int, kv: int, dim: int, context: int) -> Case:
     tensors: dict[str, TensorSpec | None] = {
         "q": part(heads), "k": part(kv), "v": part(kv), "k_cache": cache, "v_cache": cache,
         "block_tables": dense(batch, tables, dtype="int32"), "positions": dense(batch, 1, dtype="int64"),
-        "cos": dense(batch, 1, 1, dim), "sin": dense(batch, 1, 1, dim), "q_norm": None, "k_norm": None, "sinks": None,
+        "cos": dense(tables * 16, dim), "sin": dense(tables * 16, dim), "q_norm": None, "k_norm": None, "sinks": None,
     }  # fmt: skip
     values = {"eps": 0.0, "offset": 0.0, "narrow_first": False, "scale": dim**-0.5, "window": 0, "softcap": 0.0}
-    stable = frozenset({"k_cache", "v_cache", "block_tables", "positions"})
+    stable = frozenset({"k_cache", "v_cache", "block_tables", "positions", "cos", "sin"})
     operands = Operands(tensors, values, {"out": dense(batch, 1, heads, dim)}, stable)
     return Case(f"step b{batch} ctx{context}", attention_step, operands, batch * context * kv * dim * 4,
                 context=context)  # fmt: skip

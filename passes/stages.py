@@ -24,8 +24,8 @@ class Stage(enum.IntEnum):
 _OUT_ONCE_CLEAN = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten.alias", "aten.detach")
 _OUT_ONCE_CACHED = ("ingot.attention",)
 _ONLY_ONCE_CACHED = (
-    "ingot.paged_attention", "ingot.cache_write", "ingot.cache_slots", "ingot.sample", "ingot.attention_step",
-    "ingot.fused_linear",
+    "ingot.paged_attention", "ingot.cache_write", "ingot.cache_slots", "ingot.sample", "ingot.sample_with_logit",
+    "ingot.attention_step", "ingot.fused_linear",
 )  # fmt: skip
 
 

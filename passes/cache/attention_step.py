@@ -20,6 +20,10 @@ class _Norm:
     options: tuple[float, float, bool]
 
 
+# A node, or a node and the two dimensions that change places on the way out of it.
+_Value = fx.Node | tuple[fx.Node, tuple[int, ...]]
+
+
 class FuseAttentionStep:
     """For CUDA decode: what a layer does between its projections becomes one op that writes and reads the cache."""
 
@@ -58,11 +62,11 @@ class FuseAttentionStep:
         return outcome
 
 
-def _materialized(traced: TracedGraph, x: object) -> fx.Node:
+def _materialized(traced: TracedGraph, x: _Value) -> fx.Node:
     """A value found behind transposes of norms, as a node: (source, dims) pairs are emitted here."""
     if isinstance(x, fx.Node):
         return x
-    inner, dims = x  # type: ignore[misc]
+    inner, dims = x
     return emit(traced.graph, aten.transpose.int, inner, *dims, source=source_of(inner))
 
 
@@ -99,7 +103,7 @@ def _table(rows: fx.Node | None, positions: fx.Node) -> fx.Node | None:
     return table if by_position and fits else None
 
 
-def _without_norms(q: fx.Node, k: fx.Node) -> tuple[object, object, _Norm | None, _Norm | None]:
+def _without_norms(q: fx.Node, k: fx.Node) -> tuple[_Value, _Value, _Norm | None, _Norm | None]:
     """q and k before an RMSNorm over each head, if both have one with the same options."""
     found = [_norm_behind(x) for x in (q, k)]
     if any(f is None for f in found):
@@ -110,7 +114,7 @@ def _without_norms(q: fx.Node, k: fx.Node) -> tuple[object, object, _Norm | None
     return q0, k0, q_norm, k_norm
 
 
-def _norm_behind(x: fx.Node) -> tuple[object, _Norm] | None:
+def _norm_behind(x: fx.Node) -> tuple[_Value, _Norm] | None:
     """rms_norm(y), or its transpose that leaves the last dimension alone: what to read instead, and the norm."""
     dims: tuple[int, ...] | None = None
     inner = x

@@ -96,12 +96,13 @@ def default_cache() -> Path:
 
 
 def measure(
-    store: KernelStore, provider: Any, operands: Operands, configs: Sequence[Config], context: int = 1024
+    store: KernelStore, provider: Any, operands: Operands, configs: Sequence[Config], context: int = 1200
 ) -> list[float]:
     """Microseconds of one call by configuration, infinite where one cannot run; the best of several graph replays.
 
     Args:
-        context: tokens in the cache of every row, for attention.
+        context: tokens in the cache of every row, for attention; no power of two, which would flatter tiles that just
+            fit it.
     """
     times = []
     with Stopwatch(operands, context) as watch:

@@ -261,7 +261,8 @@ def combine_splits(
     total = tl.zeros_like(top) + 1.0
     acc = tl.load(value + e * VALUE_STRIDE, mask=e < V_DIM, other=0.0).to(tl.float32)
     for first in tl.range(0, SPLITS, STEP, num_stages=1):
-        tops, parts = (), ()
+        tops: tl.tuple = ()
+        parts: tl.tuple = ()
         for i in tl.static_range(STEP):
             at = (first + i) * GROUP
             there = known

@@ -20,7 +20,7 @@ _GRAIN = 16
 _TILE_BYTES = 160 << 10
 _OPTIONAL = ("cos", "sin", "q_norm", "k_norm", "sinks")
 # Times that the programs fill the GPU, tokens a tile, warps, pipeline stages, preload; by what a launch is bound by:
-# latency (a few rows), both, or memory alone.
+# latency (a few rows: best is a tile that holds a whole split), both, or memory alone.
 _Shapes = tuple[tuple[float, int, int, int, bool], ...]
 _FEW: _Shapes = ((1, 128, 8, 3, True), (1, 64, 4, 3, True), (0.5, 128, 8, 3, True), (2, 64, 4, 3, True),
                  (1, 64, 4, 3, False))  # fmt: skip
@@ -28,6 +28,8 @@ _SOME: _Shapes = ((2, 64, 4, 3, True), (1, 128, 8, 3, False), (4, 64, 4, 3, True
                   (1, 64, 4, 3, True))  # fmt: skip
 _MANY: _Shapes = ((1, 32, 4, 4, False), (1, 64, 4, 4, False), (1, 32, 4, 4, True), (2, 64, 4, 3, True),
                   (1, 128, 8, 3, False))  # fmt: skip
+# Keys and values of a token together beyond 512 bytes (heads of 256): a tile of many does not fit.
+_WIDE: _Shapes = ((1, 64, 8, 3, True), (1, 64, 8, 3, False), (1, 32, 4, 3, True))
 _FLOAT32: _Shapes = ((1, 32, 8, 2, True), (2, 16, 8, 2, True), (1, 16, 4, 2, False))
 
 
@@ -40,7 +42,11 @@ def candidates(operands: Operands) -> list[Config]:
     fill = max(1, power_of_two(_PROGRAMS // pairs + 1) // 2)
     most = min(_MOST_SPLITS, power_of_two(-(-table.shape[1] * block_size // _GRAIN)))
     row_bytes = (padded(k_cache.shape[3]) + padded(v_cache.shape[3])) * WIDTHS[k_cache.dtype]
-    shapes = _FLOAT32 if k_cache.dtype == "float32" else _FEW if fill > 2 else _SOME if pairs <= _PROGRAMS else _MANY
+    shapes = _FEW if fill > 2 else _SOME if pairs <= _PROGRAMS else _MANY
+    if k_cache.dtype == "float32":
+        shapes = _FLOAT32
+    elif row_bytes > 512:
+        shapes = _WIDE
     made: list[Config] = []
     for times, block, warps, stages, preload in shapes:
         splits = max(1, min(most, int(fill * times)))
@@ -113,6 +119,7 @@ def lower(operands: Operands, config: Config) -> Lowering:
         "K_LINES": power_of_two(-(-dim // line)),
         "V_LINES": power_of_two(-(-v_dim // line)),
         "PRELOAD": bool(config["preload"]) and early > 0 and {"k_cache", "v_cache"} <= operands.stable,
+        # When it waits for the launch before; see `_early`.
         "WAIT": early,
         "PDL": True,
     }

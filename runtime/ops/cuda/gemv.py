@@ -23,7 +23,7 @@ def _units(pointer: tl.tensor, PAIRED: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _floats(units: tl.tensor, PAIRED: tl.constexpr) -> tl.tuple:
-    """Units in float32: of pairs, the first ones and the second ones. One instruction each, where a cast takes three."""
+    """Units in float32; of pairs, the first ones and the second ones: an instruction each, where a cast takes two."""
     if PAIRED:
         return (units << 16).to(tl.float32, bitcast=True), (units & -65536).to(tl.float32, bitcast=True)
     else:
@@ -42,7 +42,7 @@ def _tiles(
     EVICTION: tl.constexpr,
 ) -> tl.tuple:
     """TILES loads side by side from column `start` on, zero past K. `k` lies along the source's last dimension."""
-    found = ()
+    found: tl.tuple = ()
     for tile in tl.static_range(TILES):
         at = start + tile * BLOCK_K
         value = load(source + at, k + at < K, not IS_FIRST or (tile + 1) * BLOCK_K > K, EVICTION)

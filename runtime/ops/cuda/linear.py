@@ -17,6 +17,12 @@ from .skinny import normalize, skinny
 from .spec import Config, KernelCall, Lowering, Operands, Scratch
 
 _KERNELS = {"gemv": gemv, "skinny": skinny, "gemm": gemm}
+# What the programs that share a tile leave to each other.
+_SPLIT_SCRATCH = {
+    "gemv": (),
+    "skinny": ("partial", "partial_squares", "arrivals"),
+    "gemm": ("partial", "arrivals"),
+}
 
 
 def candidates(operands: Operands) -> list[Config]:
@@ -145,7 +151,7 @@ def _product(
         scratch["arrivals"] = Scratch((tiles,), "int32", zeroed=True)
         if normed:
             scratch["partial_squares"] = Scratch((tiles * splits, block_m), "float32")
-    for name in {"gemv": (), "skinny": ("partial", "partial_squares", "arrivals"), "gemm": ("partial", "arrivals")}[kind]:
+    for name in _SPLIT_SCRATCH[kind]:
         pointers[name] = name if name in scratch else "out"
     return KernelCall(
         function=_KERNELS[kind],

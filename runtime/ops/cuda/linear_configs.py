@@ -22,8 +22,8 @@ _MOST_SPLITS = 8
 
 # By the bytes of a row: warps, bytes of the weight that each thread holds before it waits, whether to ask for the rows
 # of programs to come. (So the row's length says how many a program takes.) 0 bytes: two rows, 4 KiB of each at a time.
-_GEMV_SHORT = ((4, 128, True), (2, 256, True), (8, 128, True), (4, 64, True), (4, 128, False))
-_GEMV_MIDDLE = ((4, 128, True), (2, 256, True), (8, 128, True), (8, 64, True), (8, 64, False))
+_GEMV_SHORT = ((4, 128, True), (2, 256, True), (4, 64, True), (4, 128, False), (4, 64, False))
+_GEMV_MIDDLE = ((4, 128, True), (2, 256, True), (8, 64, True), (8, 64, False), (8, 128, True))
 _GEMV_LONG = ((8, 128, True), (4, 0, True), (4, 256, True), (4, 0, False), (4, 128, True), (8, 256, True))
 # Rows of the weight, bytes of each row a step, warps, stages, programs a multiprocessor to reach by splitting k (0:
 # one part), whether a norm is done apart. For weights of few rows, and of many; then for more than 32 rows of x.
@@ -43,10 +43,10 @@ _SKINNY_MANY = (
 )
 _SKINNY_FEW_WIDE = (
     (64, 256, 4, 3, 2, True),
-    (128, 256, 4, 4, 1, True),
     (64, 256, 4, 6, 1, True),
-    (64, 512, 4, 3, 1, False),
     (128, 256, 8, 4, 1, True),
+    (64, 512, 4, 3, 1, False),
+    (64, 256, 4, 3, 2, False),
 )
 _SKINNY_MANY_WIDE = (
     (128, 128, 4, 4, 0, True),
@@ -58,8 +58,8 @@ _SKINNY_MANY_WIDE = (
 # Rows of x, rows of the weight, columns a step, warps, stages, and the share of the matmul rate such a tile can reach.
 _GEMM_TILES = (
     (128, 256, 64, 8, 4, 1.00),
-    (128, 256, 64, 8, 3, 0.99),
     (128, 128, 64, 4, 3, 0.95),
+    (128, 128, 64, 8, 3, 0.93),
     (64, 256, 64, 4, 4, 0.87),
     (64, 128, 64, 4, 5, 0.70),
     (128, 64, 64, 4, 5, 0.68),
@@ -70,7 +70,7 @@ _MOST_GEMMS = 3
 _SKINNY_EXACT = ((32, 128, 4, 3, 2, False), (16, 128, 4, 3, 1, True), (64, 64, 4, 3, 0, False))
 _GEMM_EXACT = ((64, 64, 16, 4, 3, 1.0), (128, 64, 16, 8, 3, 1.0), (32, 64, 32, 4, 3, 0.8))
 # In a microsecond: floating point operations of a multiprocessor; bytes of memory, of the L2 cache, and of a program.
-_RATE, _MEMORY_RATE, _CACHE_RATE, _PROGRAM_RATE = 5.9e6, 4.3e6, 5.5e6, 1.0e5
+_RATE, _MEMORY_RATE, _CACHE_RATE, _PROGRAM_RATE = 5.9e6, 4.3e6, 7.0e6, 1.0e5
 
 
 def gemv_configs(problem: Problem) -> list[Config]:
@@ -113,6 +113,7 @@ def skinny_configs(problem: Problem) -> list[Config]:
     item = problem.item_bytes
     block_m = max(16, power_of_two(problem.m))
     few = problem.n < 2 * 64 * MULTIPROCESSORS
+    choices: tuple[tuple[int, int, int, int, int, bool], ...]
     if item == 4:
         choices = _SKINNY_EXACT
     elif block_m <= 32:
@@ -150,7 +151,9 @@ def gemm_configs(problem: Problem) -> list[Config]:
         if stages * (block_m + block_n) * block_k * item > SHARED_BYTES:
             continue
         tiles = math.ceil(m / block_m) * math.ceil(n / block_n)
-        for wanted in (1, 2, 4) if tiles < MULTIPROCESSORS else (1,):
+        # The sum of a split and what it is added to are in registers together: more than 64 of each spill.
+        splittable = tiles < MULTIPROCESSORS and block_m * block_n <= 64 * 32 * warps
+        for wanted in (1, 2, 4) if splittable else (1,):
             splits = split_count(wanted, math.ceil(k / block_k))
             part, programs = k / splits, tiles * splits
             waves, read = math.ceil(programs / MULTIPROCESSORS), (block_m + block_n) * part * item
@@ -163,7 +166,7 @@ def gemm_configs(problem: Problem) -> list[Config]:
                 "group": 8, "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
             cost = max(product, operands, n * k * item / _MEMORY_RATE) + adding
-            found[block_m, block_n, stages, splits] = (cost, config)
+            found[block_m, block_n, warps, stages, splits] = (cost, config)
     return [config for _cost, config in sorted(found.values(), key=lambda pair: pair[0])][:_MOST_GEMMS]
 
 

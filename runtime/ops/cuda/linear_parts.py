@@ -79,9 +79,7 @@ def rounded(y: tl.tensor, like: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def with_offset(
-    loaded: tl.tensor, gain: tl.tensor, OFFSET: tl.constexpr, ROUND_GAIN: tl.constexpr
-) -> tl.tensor:
+def with_offset(loaded: tl.tensor, gain: tl.tensor, OFFSET: tl.constexpr, ROUND_GAIN: tl.constexpr) -> tl.tensor:
     """The norm's weight, as `loaded` from `gain` or in float32 already, plus its offset, in float32."""
     g = loaded.to(tl.float32)
     if OFFSET != 0.0:

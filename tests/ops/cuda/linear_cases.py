@@ -78,7 +78,9 @@ def run_cases(device: str) -> dict[str, float]:
 def scratch_of(lowering: Lowering, device: str) -> dict[str, torch.Tensor]:
     """A lowering's scratch: zero where it must be, else NaN."""
     return {
-        name: torch.full(each.shape, 0 if each.zeroed else float("nan"), dtype=getattr(torch, each.dtype), device=device)
+        name: torch.full(
+            each.shape, 0 if each.zeroed else float("nan"), dtype=getattr(torch, each.dtype), device=device
+        )
         for name, each in lowering.scratch.items()
     }
 
@@ -194,7 +196,7 @@ def _oracle(case: Case, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
     linear_out, size = x @ weight.t() + bias, x.abs() @ weight.abs().t()
     half_step = 0.51 * torch.finfo(case.dtype).eps
     # Normalized rows may be rounded once on their way into the tensor cores.
-    loss = 2e-6 * size + (half_step * size / 4 if case.norm and case.dtype != FP32 else 0.0)
+    loss = 2e-6 * size + (half_step * size / 2 if case.norm and case.dtype != FP32 else 0.0)
     loss = loss + (0.0 if case.wide else half_step * linear_out.abs())
     if case.activation:
         first, second = linear_out.chunk(2, -1)

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from ingot.runtime.ops.cuda.spec import TRITON_DTYPES, KernelCall, Operands, TensorSpec
+from ingot.runtime.ops.cuda.spec import TRITON_DTYPES, KernelCall, Lowering, Operands, TensorSpec
 
 if find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
 from ingot.runtime.ops.cuda import linear
+from ingot.runtime.ops.cuda.linear_configs import MOST_CANDIDATES, split_count
 
 PLAIN = {"eps": 1e-5, "offset": 0.0, "narrow_first": True, "activation": "", "gate_first": True, "wide": False}
 HOPPER_SHARED_BYTES = 232_448
@@ -50,15 +51,15 @@ def operands_of(m: int, n: int, k: int, norm=False, residual=False, dtype="bfloa
         "residual": dense(m, 1, columns, dtype=dtype) if residual else None,
     }
     out = dense(m, 1, columns, dtype="float32" if values["wide"] else dtype)
-    return Operands(tensors, values, {"out": out}, frozenset({"weight"}))
+    return Operands(tensors, values, {"out": out}, frozenset({"weight", "norm_weight"}))
 
 
-def compile_for_hopper(call: KernelCall, operands: Operands) -> Any:
+def compile_for_hopper(call: KernelCall, operands: Operands, lowering: Lowering) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
     names = call.function.arg_names
-    types: dict[str, Any] = {**operands.tensors, **operands.outputs}
+    types: dict[str, Any] = {**operands.tensors, **operands.outputs, **lowering.scratch}
     source = triton.compiler.ASTSource(
         fn=call.function,
         signature={
@@ -72,14 +73,19 @@ def compile_for_hopper(call: KernelCall, operands: Operands) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def local_bytes(cubin: bytes, folder: Path) -> int:
-    """Bytes of registers spilled to memory, from the tool that Triton brings."""
+def inspect(tool: str, options: list[str], cubin: bytes, folder: Path) -> str:
+    """What a tool that Triton brings says of a cubin."""
     from triton import knobs
 
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [getattr(knobs.nvidia, tool).path, *options, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def local_bytes(cubin: bytes, folder: Path) -> int:
+    """Bytes of registers spilled to memory."""
+    usage = inspect("cuobjdump", ["--dump-resource-usage"], cubin, folder)
     return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
 
 
@@ -107,22 +113,56 @@ def test_candidates_are_few_different_and_fit(layer, m, dtype):
     n, k, fused = LAYERS[layer]
     operands = operands_of(m, n, k, dtype=dtype, **(fused | {"norm": fused.get("norm", False) and m <= 64}))
     configs = linear.candidates(operands)
-    assert 1 <= len(configs) <= 8
+    assert 1 <= len(configs) <= MOST_CANDIDATES
     assert len({json.dumps(config, sort_keys=True) for config in configs}) == len(configs)
     kinds = {config["kind"] for config in configs}
-    assert kinds <= ({"gemm"} if m > 64 else {"gemv"} if m == 1 else {"gemv", "skinny"} if m <= 8 else {"skinny"})
+    assert kinds == ({"gemm"} if m > 64 else {"gemv"} if m == 1 else {"gemv", "skinny"} if m <= 4 else {"skinny"})
     item = 4 if dtype == "float32" else 2
     for config in configs:
+        blocks: Any = config
         if config["kind"] != "gemv":
-            blocks: Any = config
             halves = 2 if fused.get("activation") and config["kind"] == "skinny" else 1
             tile = blocks["block_m"] + blocks["block_n"] * halves
             assert blocks["num_stages"] * tile * blocks["block_k"] * item <= HOPPER_SHARED_BYTES
-        (call,) = linear.lower(operands, config).calls
-        assert call.dependent
-        assert call.read_bytes == n * k * item
-        assert set(call.pointers) | set(call.constants) == set(call.function.arg_names)
-        assert [name for name in call.function.arg_names if name in call.pointers] == list(call.pointers)
+        lowering = linear.lower(operands, config)
+        *before, call = lowering.calls
+        assert len(before) == bool(config.get("apart"))
+        assert call.read_bytes == n * k * item and not any(other.read_bytes for other in before)
+        named = {name for name, spec in operands.tensors.items() if spec} | {"out"} | set(lowering.scratch)
+        for each in lowering.calls:
+            assert each.dependent
+            assert set(each.pointers.values()) <= named
+            assert set(each.pointers) | set(each.constants) == set(each.function.arg_names)
+            assert [name for name in each.function.arg_names if name in each.pointers] == list(each.pointers)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_what_is_asked_for_ahead_lies_within_the_weight(layer, m):
+    n, k, fused = LAYERS[layer]
+    operands = operands_of(m, n, k, **fused)
+    for config in linear.candidates(operands):
+        call = linear.lower(operands, config).calls[-1]
+        constants = call.constants
+        assert constants["AHEAD"] * 2 % 16 == 0
+        if config["kind"] == "gemv":
+            assert constants["AHEAD"] + constants["TILES"] * constants["BLOCK_K"] * bool(constants["AHEAD"]) <= k
+            assert 0 <= constants["WAVE"] <= call.grid[0] // 2
+        else:
+            part = -(-k // constants["BLOCK_K"]) // constants["SPLITS"] * constants["BLOCK_K"]
+            assert part * (constants["SPLITS"] - 1) + constants["AHEAD"] <= k
+    # Rows that do not start at 16 bytes cannot be asked for.
+    odd = operands_of(m, n, k + 2, **fused)
+    for config in linear.candidates(odd):
+        assert not config["ahead"] and not config.get("wave")
+
+
+def test_splits_of_k_are_equal_parts_of_two_steps_or_more():
+    for steps in range(1, 130):
+        for most in range(10):
+            splits = split_count(most, steps)
+            assert splits >= 1 and steps % splits == 0
+            assert splits == 1 or (splits <= most and steps // splits >= 2)
 
 
 def test_the_label_says_what_is_fused():
@@ -169,32 +209,48 @@ def test_what_no_kernel_computes_is_refused():
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("m", [1, 16, 2048])
+@pytest.mark.parametrize("m", [1, 16, 64, 2048])
 def test_hopper_code_is_vectorized_and_spills_nothing(layer, m, tmp_path):
     n, k, fused = LAYERS[layer]
     operands = operands_of(m, n, k, **(fused | {"norm": fused.get("norm", False) and m <= 64}))
-    (call,) = linear.lower(operands, linear.candidates(operands)[0]).calls
-    kernel = compile_for_hopper(call, operands)
-    assert kernel.metadata.shared <= HOPPER_SHARED_BYTES
-    assert local_bytes(kernel.asm["cubin"], tmp_path) == 0
-    before, after = kernel.asm["ptx"].split("griddepcontrol.wait", 1)
-    assert "griddepcontrol.launch_dependents" in before
-    assert "st.global" not in before
-    if m == 1:
-        # The first weights are on their way before the wait, 16 bytes a thread; nothing is read narrower in the loop.
-        assert re.search(r"ld\.global\S*evict_first\S*v4\.b32", before)
-        assert not re.search(r"ld\.global\S*evict_first(?!\S*v4\.b32)", before + after)
-    else:
-        assert ("prefetch.global.L2" in before) == (m == 16)
-        assert re.search(r"cp\.async\.cg\.shared\.global \[[^,]*, \[[^,]*, 0x10", after)
-        assert "cp.async.ca" not in after
-        assert "wgmma.mma_async" in after or (m == 16 and "mma.sync" in after)
+    for config in linear.candidates(operands):
+        lowering = linear.lower(operands, config)
+        for call in lowering.calls:
+            kernel = compile_for_hopper(call, operands, lowering)
+            assert kernel.metadata.shared <= HOPPER_SHARED_BYTES
+            assert local_bytes(kernel.asm["cubin"], tmp_path) == 0
+            before, after = kernel.asm["ptx"].split("griddepcontrol.wait", 1)
+            assert "griddepcontrol.launch_dependents" in before
+            assert "st.global" not in before
+        asks = bool(config.get("ahead") or config.get("wave"))
+        assert ("cp.async.bulk.prefetch.L2" in before) == asks
+        if m == 1:
+            # Nothing of the weight is read narrower than 16 bytes a thread.
+            assert not re.search(r"ld\.global\S*evict_first(?!\S*v4\.b32)", before + after)
+            _held_before_the_wait(call, inspect("nvdisasm", ["-c"], kernel.asm["cubin"], tmp_path), asks)
+        else:
+            assert re.search(r"cp\.async\.cg\.shared\.global \[[^,]*, \[[^,]*, 0x10", after)
+            assert "cp.async.ca" not in after
+            assert "wgmma.mma_async" in after
+
+
+def _held_before_the_wait(call: KernelCall, code: str, asks: bool) -> None:
+    """In the machine code, all that a program can hold of the weight is loaded before the wait, hints come first."""
+    loads = [found.start() for found in re.finditer(r"LDG\.E\.EF\.128", code)]
+    wait = code.index("ACQBULK")
+    constants = call.constants
+    rows = constants["BLOCK_N"] * (2 if constants["ACTIVATION"] else 1)
+    held = rows * constants["TILES"] * constants["BLOCK_K"] * 2 // (16 * constants["THREADS"])
+    assert sum(place < wait for place in loads) == held
+    assert not asks or code.index("UBLKPF") < loads[0]
 
 
 @pytest.mark.parametrize("m", [1, 16, 128])
 def test_a_weight_that_a_launch_may_write_is_read_after_the_wait(m):
-    operands = operands_of(m, 256, 512)
-    unstable = Operands(operands.tensors, operands.values, operands.outputs)
-    (call,) = linear.lower(unstable, linear.candidates(unstable)[0]).calls
-    before, _after = compile_for_hopper(call, unstable).asm["ptx"].split("griddepcontrol.wait", 1)
-    assert not re.search(r"ld\.global|cp\.async|prefetch", before)
+    operands = operands_of(m, 256, 512, norm=m <= 64)
+    for stable in ((), ("norm_weight",)):
+        unstable = Operands(operands.tensors, operands.values, operands.outputs, frozenset(stable))
+        lowering = linear.lower(unstable, linear.candidates(unstable)[0])
+        code = compile_for_hopper(lowering.calls[-1], unstable, lowering).asm["ptx"]
+        before, _after = code.split("griddepcontrol.wait", 1)
+        assert not re.search(r"ld\.global|cp\.async|prefetch", before)
