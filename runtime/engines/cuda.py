@@ -179,9 +179,6 @@ class Driver:
             limit = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             answer = self._api.cuFuncSetAttribute(function, limit, shared_bytes)
             self._call(f"give kernel {symbol} {shared_bytes:,} bytes of shared memory", answer)
-        # Kernels of one carve-out share a multiprocessor: the next one's programs can start while the last one's run.
-        carveout = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        self._call(f"set up kernel {symbol}", self._api.cuFuncSetAttribute(function, carveout, 100))
         # Else it is loaded with its first launch, which is not possible while a graph is recorded.
         self._call(f"load kernel {symbol}", self._api.cuFuncLoad(function))
         return function

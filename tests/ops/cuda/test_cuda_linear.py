@@ -209,7 +209,7 @@ def test_what_no_kernel_computes_is_refused():
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("m", [1, 16, 64, 2048])
+@pytest.mark.parametrize("m", [1, 16, 64, 128])
 def test_hopper_code_is_vectorized_and_spills_nothing(layer, m, tmp_path):
     n, k, fused = LAYERS[layer]
     operands = operands_of(m, n, k, **(fused | {"norm": fused.get("norm", False) and m <= 64}))
