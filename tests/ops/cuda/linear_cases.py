@@ -162,7 +162,9 @@ def _configs(operands: Operands, device: str) -> list[Config]:
     Splits of k pay for large products only, so tests add them to the first of these candidates.
     """
     configs = linear.candidates(operands)
-    steps = -(-operands.tensors["weight"].shape[1] // int(configs[0]["block_k"]))
+    weight = operands.tensors["weight"]
+    assert weight is not None
+    steps = -(-weight.shape[1] // int(configs[0]["block_k"]))
     if configs[0]["kind"] == "gemm" and steps % 2 == 0:
         configs = [*configs, {**configs[0], "splits": 2}]
     if device != "cpu":
