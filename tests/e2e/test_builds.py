@@ -22,7 +22,7 @@ import pytest
 import torch
 from ingot.artifacts.manifest import load_manifest
 from ingot.artifacts.store import check
-from ingot.compiler import build, builder, cli
+from ingot.compiler import build, builder, cli, engines
 from ingot.compiler.console import SilentProgress
 from ingot.compiler.plan import Plan, make_plan
 from ingot.compiler.recipe import Recipe, load_recipe
@@ -65,8 +65,8 @@ def compiled(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_kernels(output: Path, **options: Any) -> None:
         shutil.copyfile(demo.artifact / "engines" / output.name, output)
 
-    monkeypatch.setattr(builder, "compile_engine", compile_engine)
-    monkeypatch.setattr(builder, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(engines, "compile_engine", compile_engine)
+    monkeypatch.setattr(engines, "compile_kernels", compile_kernels)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_an_engine_that_crashes_is_told_by_its_signal(
         compiler = os.environ.get("CXX", "g++").split()
         subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(output)], check=True)
 
-    monkeypatch.setattr(builder, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(engines, "compile_kernels", compile_kernels)
     code, _, err = main("build", demo.recipe, "-o", tmp_path / "out")
     assert code == 5
     assert "SIGABRT" in err
