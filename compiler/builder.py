@@ -23,7 +23,7 @@ from .engines import compile_all, require_gpu
 from .gate import GateTokens
 from .model_weights import ModelWeights, open_weights
 from .pipelines import PIPELINE, select
-from .plan import Plan, make_plan
+from .plan import Plan, check_recipe, make_plan
 from .recipe import Recipe
 from .record import draft_manifest, listed, reports, write_provenance
 from .weights_file import Spec, write_weights
@@ -56,6 +56,7 @@ def build(
     Raises:
         UsageError (2), UnsupportedModelError (3), GateError (4), ResourceError (5).
     """
+    check_recipe(recipe)
     if recipe.target.device == "cuda":
         require_gpu()
     clock = _Clock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,19 @@ def require_gpu() -> None:
             "target.device = 'cuda' needs a GPU on the machine that builds",
             f"torch {torch.__version__} sees none; kernels are chosen by measuring and the gate runs the engines",
             "build on a machine with the GPU that the artifact is for",
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 9:
+        raise ResourceError(
+            f"the GPU {torch.cuda.get_device_name()} is too old to build for",
+            f"its compute capability is {major}.{minor}; the kernels use what came with 9.0 (Hopper)",
+            "build on a Hopper GPU or a later one, or for the CPU (--set target.device=cpu)",
+        )
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        raise ResourceError(
+            "target.device = 'cuda' needs cuda-bindings",
+            "it is not installed; kernels are measured and the gate is run through it",
+            'pip install "ingot[cuda]"',
         )
 
 

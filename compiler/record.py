@@ -62,9 +62,11 @@ def draft_manifest(plan: Plan, weights: ModelWeights) -> Manifest:
 
 
 def _capability() -> str:
-    """The GPU's compute capability, such as sm_90."""
+    """What kernels are compiled for on this GPU, such as sm_90a."""
+    from .backends.cuda.kernels import architecture
+
     major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
+    return architecture(10 * major + minor)
 
 
 def planned_manifest(plan: Plan, weights: ModelWeights, root: Path) -> Manifest:

@@ -6,6 +6,7 @@ it, its norm into the products that read it, so a decoder layer becomes few and 
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 
@@ -49,7 +50,6 @@ class FuseLinear:
         outcome = Outcome()
         if ctx.device != "cuda":
             return outcome
-        with_norm = ctx.batch * ctx.length <= MOST_ROWS_WITH_NORM
         for node in [n for n in traced.graph.nodes if is_call(n, overload("add_rms_norm"))]:
             if any(_is_product(n) and len(n.users) == 1 for n in operands(node)[:2]):
                 _part(traced, node)
@@ -57,7 +57,7 @@ class FuseLinear:
             if not _is_product(linear):
                 outcome.miss(linear.name, "its weight is computed, or of a dtype without a kernel")
                 continue
-            _rewrite(traced, _site(linear, with_norm, outcome))
+            _rewrite(traced, _site(linear, outcome))
             outcome.changed += 1
         return outcome
 
@@ -83,11 +83,11 @@ def _part(traced: TracedGraph, node: fx.Node) -> None:
     traced.graph.erase_node(node)
 
 
-def _site(linear: fx.Node, with_norm: bool, outcome: Outcome) -> _Site:
+def _site(linear: fx.Node, outcome: Outcome) -> _Site:
     x = operands(linear)[0]
     site = _Site(linear, x, last=linear)
     if is_call(x, overload("rms_norm")) and is_weight(operands(x)[1]) and dtype_of(operands(x)[1]) == dtype_of(x):
-        if with_norm:
+        if math.prod(shape_of(x)[:-1]) <= MOST_ROWS_WITH_NORM:
             site.norm, site.x = x, operands(x)[0]
         else:
             outcome.miss(linear.name, "so many rows are bound by arithmetic: their norm is computed once, before")

@@ -99,7 +99,7 @@ def test_what_must_be_zero_lies_in_front_of_all_arenas(built: Built) -> None:
 
 def test_cubins_are_elf_files_for_sm_90(built: Built) -> None:
     for plan in built.plans.values():
-        assert plan.arch == "sm_90"
+        assert plan.arch == "sm_90a"
         for kernel in plan.kernels:
             data = (built.root / kernel.file).read_bytes()
             kind, machine = struct.unpack_from("<HH", data, 16)
@@ -162,3 +162,10 @@ def test_whatever_goes_wrong_names_the_engine(tmp_path: Path) -> None:
 
     with pytest.raises(ResourceError, match=r"engine decode-b4 could not be compiled.*\n.*RuntimeError: no such luck"):
         compiled(planned("llama", "float32", tmp_path), tmp_path, choose)
+
+
+def test_cubins_hold_no_path_of_the_machine_that_built_them(built: Built) -> None:
+    here = str(Path(__file__).resolve().parents[2]).encode()
+    for path in (built.root / "engines" / "kernels").glob("*.cubin"):
+        content = path.read_bytes()
+        assert here not in content and b"site-packages" not in content and b"torchinductor" not in content, path.name

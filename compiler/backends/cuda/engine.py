@@ -27,7 +27,7 @@ from ....runtime.ops.schema import overload
 from . import arena
 from .buffers import Argument, Region, Scalar
 from .inductor import wrap
-from .kernels import Compiled, KernelStore
+from .kernels import Compiled, KernelStore, without_line_info
 from .lower import Call, Choose, Lowered, Lowerer
 from .program import make_program
 
@@ -77,14 +77,20 @@ def compile_engines(
         UnsupportedModelError: a graph calls an op without a CUDA kernel. ResourceError: the compiler failed.
     """
     store = store or KernelStore()
-    lowerers = {name: _prepare(name, traced, store, choose) for name, traced in graphs.items()}
-    if prepare is not None:
-        prepare([call for make in lowerers.values() for call in make().survey()])
     lowered: dict[str, Lowered] = {}
-    for name, make in lowerers.items():
-        progress(name)
-        with _named(name):
-            lowered[name] = make().lower()
+    with without_line_info():
+        lowerers = {name: _prepare(name, traced, store, choose) for name, traced in graphs.items()}
+        if prepare is not None:
+            calls: list[Call] = []
+            for name, make in lowerers.items():
+                with _named(f"engine {name}"):
+                    calls += make().survey()
+            with _named("a kernel that was to be measured"):
+                prepare(calls)
+        for name, make in lowerers.items():
+            progress(name)
+            with _named(f"engine {name}"):
+                lowered[name] = make().lower()
     reserved = max(arena.zeroed_bytes(engine.buffers) for engine in lowered.values())
     folder = root / KERNELS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +110,7 @@ def compile_engines(
 def _prepare(name: str, traced: TracedGraph, store: KernelStore, choose: Choose) -> Callable[[], Lowerer]:
     """Let Inductor make its kernels; returns what makes lowerers of the result."""
     served = providers()
-    with _named(name):
+    with _named(f"engine {name}"):
         program = make_program(traced, frozenset(served))
         wrapped = wrap(program)
     amend = {overload("sample_with_logit"): _advancing} if name.startswith("decode") else {}
@@ -119,8 +125,8 @@ def _advancing(lowering: Lowering) -> Lowering:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside a library becomes one error that names the engine."""
+def _named(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside a library becomes one error that says what was being compiled."""
     try:
         yield
     except IngotError:
@@ -133,7 +139,7 @@ def _named(name: str) -> Iterator[None]:
             raise cause from error
         first = (str(error).strip().splitlines() or [""])[0]
         raise ResourceError(
-            f"engine {name} could not be compiled",
+            f"{what} could not be compiled",
             f"{type(error).__name__}: {first[:500]}",
             "check the versions of torch and triton; --debug shows the whole output",
         ) from error

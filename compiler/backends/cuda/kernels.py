@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from ....artifacts.errors import ResourceError
 from ....runtime.ops.cuda.spec import TRITON_DTYPES, KernelCall
+from .program import swapped
 
 _ENTRY = re.compile(r"\.entry\s+\w+\s*\((.*?)\)", re.S)
 
@@ -35,13 +37,27 @@ class Compiled:
     spills: int = 0
 
 
+def architecture(capability: int) -> str:
+    """What Triton compiles for: from Hopper on with the features of one capability, whose code runs there alone."""
+    return f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+
+
+@contextmanager
+def without_line_info() -> Iterator[None]:
+    """Kernels without the paths of their sources: what ships must not depend on where it was built."""
+    from triton import knobs
+
+    with swapped(knobs.compilation, "disable_line_info", True):
+        yield
+
+
 class KernelStore:
     """Compiles kernels for one target ("sm_90") and keeps each once."""
 
     def __init__(self, capability: int = 90) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self.arch = f"sm_{capability}"
+        self.arch = architecture(capability)
         self._target = GPUTarget("cuda", capability, 32)
         self._known: dict[Any, Compiled] = {}
         self.kernels: dict[str, Compiled] = {}
@@ -79,7 +95,7 @@ class KernelStore:
             reason = str(error).strip().splitlines()
             raise ResourceError(
                 f"kernel {call.function.__name__} ({call.label}) does not compile for {self.arch}",
-                f"{type(error).__name__}: {reason[-1] if reason else ''}",
+                f"{type(error).__name__}: {next((line for line in reason if 'error' in line.lower()), reason[-1:])}",
                 "check the versions of triton and torch; --debug shows the compiler's output",
             ) from error
         return self._keep(call.function.__name__, compiled, len(call.pointers))

@@ -194,9 +194,8 @@ class Lowerer:
         operands = Operands(operands_, values, {name: region.spec() for name, region in outputs.items()}, stable)
         provider = self._providers[target]
         self.calls.append(Call(op_name(node), provider, operands))
+        lowering = self._lowering(self.calls[-1])
         if not self._survey:
-            config = self._choose(op_name(node), provider, operands)
-            lowering = provider.lower(operands, config)
             regions = {**bound, **outputs}
             if target in self._amend:
                 lowering = self._amend[target](lowering)
@@ -205,6 +204,24 @@ class Lowerer:
         self._written |= {bound[a.name].buffer for a in schema.arguments if a.alias_info and a.name in bound}
         results = tuple(outputs.values())
         return results if len(results) > 1 else next(iter(results), None)
+
+    def _lowering(self, call: Call) -> Lowering:
+        """The launches of a call; in a survey those of the first guess, to know that there are any.
+
+        Raises:
+            UnsupportedModelError: the op's kernels do not take it.
+        """
+        try:
+            guess = call.provider.candidates(call.operands)[0]
+            return call.provider.lower(
+                call.operands, guess if self._survey else self._choose(call.op, call.provider, call.operands)
+            )
+        except ValueError as error:
+            raise UnsupportedModelError(
+                f"the model calls {call.op} in a way that no CUDA kernel takes",
+                str(error)[:500],
+                "compile it for the CPU (--set target.device=cpu), or with other shapes",
+            ) from error
 
     def _is_stable(self, buffer: Buffer) -> bool:
         """Whether no launch so far writes it: it was complete before the run began."""

@@ -66,8 +66,12 @@ class Stopwatch:
                 for bound in self._sets for call in lowering.calls
             ]  # fmt: skip
             driver.begin_capture(stream)
-            for function, grid, kernel, arguments, dependent in launches:
-                driver.launch(function, grid, kernel.threads, kernel.shared_bytes, arguments, stream, dependent)
+            try:
+                for function, grid, kernel, arguments, dependent in launches:
+                    driver.launch(function, grid, kernel.threads, kernel.shared_bytes, arguments, stream, dependent)
+            except BaseException:
+                driver.abandon_capture(stream)
+                raise
             graph = driver.end_capture(stream)
             try:
                 return self._replay(graph) * 1000 / len(self._sets)

@@ -48,8 +48,9 @@ class Tuner:
     def __post_init__(self) -> None:
         if self.cache is not None and self.cache.is_file():
             # A cache that cannot be read is measured anew: it is no more than time saved.
-            with contextlib.suppress(ValueError, OSError):
-                self._known = json.loads(self.cache.read_text())
+            with contextlib.suppress(ValueError, OSError, RecursionError):
+                found = json.loads(self.cache.read_text())
+                self._known = found if isinstance(found, dict) else {}
 
     def prepare(self, calls: Sequence[Call]) -> None:
         """Measure every distinct call that is not known yet: all candidates are compiled first, at once."""
@@ -57,7 +58,7 @@ class Tuner:
         for call in calls:
             if len(call.provider.candidates(call.operands)) > 1:
                 fresh.setdefault(_key(call), call)
-        fresh = {key: call for key, call in fresh.items() if key not in self._known}
+        fresh = {key: call for key, call in fresh.items() if self._remembered(key, call) is None}
         self.progress(f"kernels of {len(fresh)} calls")
         compile_ahead(self.store, fresh.values())
         for key, call in fresh.items():
@@ -65,28 +66,42 @@ class Tuner:
             candidates = call.provider.candidates(call.operands)
             times = measure(self.store, call.provider, call.operands, candidates)
             best = min(range(len(times)), key=times.__getitem__)
-            if times[best] != float("inf"):
-                self._known[key] = {
-                    "config": dict(candidates[best]), "microseconds": round(times[best], 3), "tried": len(times),
-                }  # fmt: skip
+            if times[best] == float("inf"):
+                raise ResourceError(
+                    f"no configuration of {call.op} runs on this GPU",
+                    f"{len(times)} were tried for {_name(call)}",
+                    "report this with the GPU's name and the versions of torch and triton",
+                )
+            self._known[key] = {
+                "config": dict(candidates[best]), "microseconds": round(times[best], 3), "tried": len(times),
+            }  # fmt: skip
 
     def __call__(self, op: str, provider: Any, operands: Operands) -> Config:
         """The configuration of one call: the fastest where it was measured, else the provider's first guess."""
         call = Call(op, provider, operands)
-        known = self._known.get(_key(call))
-        if known is None:
+        config = self._remembered(_key(call), call)
+        if config is None:
             return provider.candidates(operands)[0]
-        self.chosen[_name(call)] = known["config"]
-        return known["config"]
+        self.chosen[_name(call)] = dict(config)
+        return config
+
+    def _remembered(self, key: str, call: Call) -> Config | None:
+        """The choice of an earlier measurement, if it is one of the candidates: a cache is nothing to believe."""
+        entry = self._known.get(key)
+        config = entry.get("config") if isinstance(entry, dict) else None
+        return next((c for c in call.provider.candidates(call.operands) if dict(c) == config), None)
 
     def save(self) -> None:
-        """Write the cache aside and rename it."""
+        """Write the cache aside and rename it; where it cannot be written, the next build measures again."""
         if self.cache is None:
             return
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
         aside = self.cache.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_text(json.dumps(self._known, indent=1, sort_keys=True) + "\n")
-        os.replace(aside, self.cache)
+        try:
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(self._known, indent=1, sort_keys=True) + "\n")
+            os.replace(aside, self.cache)
+        except OSError as error:
+            self.progress(f"the measured choices are not kept: {error}")
 
 
 def default_cache() -> Path:

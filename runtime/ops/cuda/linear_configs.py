@@ -124,7 +124,8 @@ def skinny_configs(problem: Problem) -> list[Config]:
     for rows, step_bytes, warps, stages, crowd, apart in choices:
         block_k = max(16, min(step_bytes // item, power_of_two(problem.k)))
         block_n = rows // problem.gated
-        apart = apart and problem.normed
+        # x times the norm's weight may be too large for float16, as it is before it is normed.
+        apart = (apart or problem.dtype == "float16") and problem.normed
         shared = stages * (rows + block_m) * block_k * item
         # Below 64 rows, warps scale x in registers, each the whole of it: more than this spills.
         spills = problem.normed and not apart and rows < 64 and block_m * block_k > 256 * rows

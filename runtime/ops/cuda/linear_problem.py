@@ -27,6 +27,7 @@ class Problem:
     k: int
     columns: int
     item_bytes: int
+    dtype: str
     x_stride: int
     residual_stride: int
     normed: bool
@@ -84,6 +85,7 @@ def problem_of(operands: Operands) -> Problem:
         k=k,
         columns=columns,
         item_bytes=ITEM_BYTES[x.dtype],
+        dtype=x.dtype,
         x_stride=x_stride,
         residual_stride=0 if residual is None else _row_stride("residual", residual),
         normed=gain is not None,
