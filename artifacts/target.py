@@ -108,5 +108,5 @@ def require_target(target: Target, what: str) -> None:
         VerificationError: with every reason `check_target` finds.
     """
     if reasons := check_target(target):
-        fix = "build it again on a machine like this one, or follow the hints above"
+        fix = "run it on a machine that fits, build it again on one like this, or follow the hints above"
         raise VerificationError(f"{what} does not fit this machine", "; ".join(reasons), fix)

@@ -88,6 +88,9 @@ def _complaint(argument: PlanArgument, sizes: Mapping[tuple[str, str], int]) -> 
     if size is None:
         return f"the engine has no {argument.space} {argument.name!a}"
     end = argument.offset + argument.nbytes
+    if argument.space == "cache" and argument.offset and end <= size:
+        # How many blocks there are is settled later, by the memory that is left: kernels find them from the start.
+        return f"it begins at byte {argument.offset} of {argument.name}, not at its start"
     return f"it ends at byte {end} of {argument.name}, which has {size}" if end > size else ""
 
 

@@ -322,6 +322,7 @@ LIES: dict[str, tuple[Change, list[str]]] = {
     "offset beyond an input": (put(0, 5, offset=8), ["argument 5", "positions"]),
     "an unknown input": (put(0, 4, name="secrets"), ["no input 'secrets'"]),
     "beyond the cache": (put(0, 7, offset=1 << 40), ["argument 7", "k_cache_0"]),
+    "not from the cache's start": (put(0, 7, offset=16, nbytes=16), ["argument 7", "not at its start"]),
     "an unknown cache": (put(0, 7, name="k_cache_9"), ["no cache 'k_cache_9'"]),
     "an input as a cache": (put(0, 7, name="tokens"), ["no cache 'tokens'"]),
     "a cache as an input": (put(0, 4, name="k_cache_0"), ["no input 'k_cache_0'"]),
