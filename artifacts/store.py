@@ -118,9 +118,7 @@ def check(path: str | Path) -> list[Finding]:
     except VerificationError as error:  # changed between the two looks
         findings.append(Finding("", error.what, error.fix))
     findings += [
-        Finding(
-            "", f"does not fit this machine: {reason}", "run it on one that fits, or build it again here"
-        )
+        Finding("", f"does not fit this machine: {reason}", "run it on one that fits, or build it again here")
         for reason in check_target(manifest.target)
     ]
     return findings
