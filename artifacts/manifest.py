@@ -1,4 +1,4 @@
-"""The manifest: what an artifact is, as frozen dataclasses and as canonical JSON (schema version 1).
+"""The manifest: what an artifact is, as frozen dataclasses and as canonical JSON (schema version 2).
 
 The compiler fills it, the store adds the list of files, the runtime reads it before anything else. Parsing is total
 and strict: whatever the bytes are, the result is a `Manifest` that is consistent in itself or one VerificationError
@@ -19,7 +19,7 @@ from .errors import VerificationError
 from .files import read_small
 from .strict import AtMost, Matches, OneOf, Range
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "manifest.json"
 # Written beside the manifest but not in it: they carry times and host names, which would make equal builds differ.
 UNLISTED = ("report/provenance.json", "report/build.log")
@@ -233,6 +233,12 @@ def _check_schema_version(value: dict[str, Any], source: str) -> None:
             f"{source}: built by a newer Ingot",
             f"schema_version is {version}; this Ingot reads up to {SCHEMA_VERSION}",
             "upgrade Ingot (`pip install --upgrade ingot`), or build the artifact again with this version",
+        )
+    if version < SCHEMA_VERSION:
+        raise VerificationError(
+            f"{source}: built by an older Ingot",
+            f"schema_version is {version}; this Ingot reads {SCHEMA_VERSION}",
+            "build the artifact again with this version (`ingot build … --force`)",
         )
 
 

@@ -17,7 +17,7 @@ import torch
 
 from .. import __version__
 from ..artifacts.fingerprint import digest_file
-from ..artifacts.manifest import EngineEntry, FileEntry, KVCache, Manifest, Model, Target
+from ..artifacts.manifest import SCHEMA_VERSION, EngineEntry, FileEntry, KVCache, Manifest, Model, Target
 from ..artifacts.target import host_target
 from .assets import write_assets
 from .backends.aoti import input_buffers, output_buffers
@@ -58,7 +58,9 @@ def draft_manifest(plan: Plan, weights: ModelWeights) -> Manifest:
         toolchain = {**toolchain, "triton": importlib.metadata.version("triton")}
     cache = KVCache(context.block_size, context.num_blocks, context.max_blocks, recipe.model.dtype, layers)
     record = {**recipe.to_dict(), "weights_digest": weights.digest()}
-    return Manifest(1, recipe.name, __version__, model, target, toolchain, record, cache, (), (), [], {}, ())
+    return Manifest(
+        SCHEMA_VERSION, recipe.name, __version__, model, target, toolchain, record, cache, (), (), [], {}, ()
+    )
 
 
 def _capability() -> str:

@@ -12,7 +12,7 @@ import pytest
 from ingot.artifacts.manifest import Manifest
 from ingot.artifacts.store import ArtifactWriter
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "manifest-v1.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "manifest-v2.json"
 
 
 @pytest.fixture(scope="session")

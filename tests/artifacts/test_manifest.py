@@ -146,6 +146,12 @@ def test_a_newer_schema_is_refused_before_any_other_field() -> None:
     assert "upgrade" in error.fix
 
 
+def test_an_older_schema_is_told_to_be_built_again() -> None:
+    error = refusal(json.dumps({"schema_version": SCHEMA_VERSION - 1, "files": "as it was then"}))
+    assert "older Ingot" in error.what
+    assert "build the artifact again" in error.fix
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

@@ -120,9 +120,9 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "manifest is not JSON": (lambda root: (root / "manifest.json").write_text("{"), "manifest.json", "not JSON"),
     "newer schema": (
-        lambda root: set_in_manifest(root, '"schema_version": 1', '"schema_version": 2'),
+        lambda root: set_in_manifest(root, '"schema_version": 2', '"schema_version": 3'),
         "manifest.json",
-        "schema_version is 2",
+        "schema_version is 3",
     ),
     "absolute path": (lambda root: set_in_manifest(root, '"report/gate.json"', '"/etc/passwd"'), "files", "relative"),
     "path that leaves": (lambda root: set_in_manifest(root, '"report/gate.json"', '"../gate"'), "files", "relative"),

@@ -102,7 +102,7 @@ def test_what_is_no_artifact_is_never_touched(
         lambda root: (root / "notes.txt").write_text("precious"),
         lambda root: (root / ENGINE).unlink(),
         lambda root: (root / "manifest.json").write_text(
-            (root / "manifest.json").read_text().replace('"schema_version": 1', '"schema_version": 2')
+            (root / "manifest.json").read_text().replace('"schema_version": 2', '"schema_version": 3')
         ),
     ],
 )

@@ -33,7 +33,7 @@ def manifest(weights: tuple[str, ...], layers: tuple[CacheLayer, ...] = ()) -> M
     )
     paths = ("generation.json", "weights/model.safetensors", *(e.file for e in engines))
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         name="hand-made",
         ingot_version="0.1.0",
         model=Model("LlamaForCausalLM", "llama", VOCABULARY, 64, "bfloat16", HIDDEN, max(len(layers), 1), 1000),

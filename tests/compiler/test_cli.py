@@ -24,7 +24,7 @@ from ingot.runtime.outputs import RequestMetrics
 from ingot.runtime.phases import Phases
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests/golden/manifest-v1.json"
+GOLDEN = ROOT / "tests/golden/manifest-v2.json"
 DEMO = ROOT / "recipes/demo.toml"
 Run = Callable[..., tuple[int, str, str]]
 
@@ -268,7 +268,7 @@ def add_file(root: Path) -> None:
 
 def newer_schema(root: Path) -> None:
     path = root / "manifest.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 3'))
 
 
 @pytest.mark.parametrize(

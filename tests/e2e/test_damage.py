@@ -50,7 +50,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "flipped byte in an engine": (flip, [ENGINE, "wrong digest"]),
     "missing weights": (lambda r: (r / "weights/model.safetensors").unlink(), ["weights/model.safetensors", "missing"]),
     "extra file": (lambda r: (r / "engines/more.so").write_bytes(b""), ["engines/more.so", "extra"]),
-    "newer schema": (lambda r: edit(r, lambda m: m.update(schema_version=2)), ["schema_version is 2", "upgrade"]),
+    "newer schema": (lambda r: edit(r, lambda m: m.update(schema_version=3)), ["schema_version is 3", "upgrade"]),
     "engines swapped": (swap, [ENGINE, "engines/decode-b4.so", "wrong size"]),
     "instructions this machine has not": (
         lambda r: edit(r, lambda m: m["target"].update(isa=["avx2", "avx99"])),

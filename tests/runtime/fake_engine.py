@@ -184,7 +184,7 @@ def fake_manifest(
     )
     here = host_target()
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         name="fake",
         ingot_version="0.1.0",
         model=Model("Fake", "fake", vocab, max_length, "float32", 8, 1, 0),
