@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ...runtime.ops.cuda.linear_problem import DECODE_ROWS
 from ...runtime.ops.schema import overload
 from ..base import Context, Outcome
 from ..graph import TracedGraph, aten, dtype_of, emit, is_call, is_weight, operands, replace, shape_of, sole_user
 from ..graph import source_of as source
 from ..stages import Stage
 
-# Rows up to which a product is bound by reading its weight, so that a norm computed along with it costs nothing.
-MOST_ROWS_WITH_NORM = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -87,7 +86,7 @@ def _site(linear: fx.Node, outcome: Outcome) -> _Site:
     x = operands(linear)[0]
     site = _Site(linear, x, last=linear)
     if is_call(x, overload("rms_norm")) and is_weight(operands(x)[1]) and dtype_of(operands(x)[1]) == dtype_of(x):
-        if math.prod(shape_of(x)[:-1]) <= MOST_ROWS_WITH_NORM:
+        if math.prod(shape_of(x)[:-1]) <= DECODE_ROWS:
             site.norm, site.x = x, operands(x)[0]
         else:
             outcome.miss(linear.name, "so many rows are bound by arithmetic: their norm is computed once, before")

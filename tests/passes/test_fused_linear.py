@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from ingot.passes.fusion.fused_linear import MOST_ROWS_WITH_NORM, FuseLinear
+from ingot.passes.fusion.fused_linear import FuseLinear
 from ingot.passes.graph import TracedGraph
+from ingot.runtime.ops.cuda.linear_problem import DECODE_ROWS
 from ingot.runtime.ops.schema import overload
 from torch import fx
 
@@ -86,7 +87,7 @@ def test_not_a_bit_changes(ctx: Any, dtype: torch.dtype) -> None:
     same_bits(before, apply(FuseLinear(), before, ctx)[0])
 
 
-@pytest.mark.parametrize(("rows", "inside"), [(MOST_ROWS_WITH_NORM, True), (MOST_ROWS_WITH_NORM + 1, False)])
+@pytest.mark.parametrize(("rows", "inside"), [(DECODE_ROWS, True), (DECODE_ROWS + 1, False)])
 def test_how_many_rows_take_their_norm_along(rows: int, inside: bool) -> None:
     b = builder(1, rows)
     before = b.done(linear(b, rms_norm(b, b.input("x", 1, rows, 8))))

@@ -33,8 +33,6 @@ class Compiled:
     threads: int
     shared_bytes: int
     hidden: int
-    registers: int = 0
-    spills: int = 0
 
 
 def architecture(capability: int) -> str:
@@ -92,10 +90,11 @@ class KernelStore:
             options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
             compiled = triton.compile(source, target=self._target, options=options)
         except Exception as error:
-            reason = str(error).strip().splitlines()
+            lines = str(error).strip().splitlines() or [""]
+            reason = next((line for line in lines if "error" in line.lower()), lines[-1])
             raise ResourceError(
                 f"kernel {call.function.__name__} ({call.label}) does not compile for {self.arch}",
-                f"{type(error).__name__}: {next((line for line in reason if 'error' in line.lower()), reason[-1:])}",
+                f"{type(error).__name__}: {reason[:500]}",
                 "check the versions of triton and torch; --debug shows the compiler's output",
             ) from error
         return self._keep(call.function.__name__, compiled, len(call.pointers))

@@ -212,10 +212,11 @@ class Lowerer:
             UnsupportedModelError: the op's kernels do not take it.
         """
         try:
-            guess = call.provider.candidates(call.operands)[0]
-            return call.provider.lower(
-                call.operands, guess if self._survey else self._choose(call.op, call.provider, call.operands)
-            )
+            if self._survey:
+                config: Config = call.provider.candidates(call.operands)[0]
+            else:
+                config = self._choose(call.op, call.provider, call.operands)
+            return call.provider.lower(call.operands, config)
         except ValueError as error:
             raise UnsupportedModelError(
                 f"the model calls {call.op} in a way that no CUDA kernel takes",
