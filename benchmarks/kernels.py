@@ -55,7 +55,15 @@ def linear_case(name: str, m: int, n: int, k: int, *, norm: bool = False, act: s
         "x": dense(1, m, k), "weight": dense(n, k), "bias": None, "norm_weight": dense(k) if norm else None,
         "residual": dense(1, m, columns) if res else None,
     }  # fmt: skip
-    values = {"eps": 1e-5, "offset": 0.0, "narrow_first": True, "activation": act, "gate_first": True, "wide": wide}
+    values = {
+        "eps": 1e-5,
+        "offset": 0.0,
+        "narrow_first": True,
+        "activation": act,
+        "gate_first": True,
+        "wide": wide,
+        "format": "",
+    }
     out = dense(1, m, columns, dtype="float32" if wide else "bfloat16")
     return Case(
         f"{name} m{m} {n}x{k}",

@@ -23,7 +23,7 @@ from ..passes.plan.kernels import SelectKernels
 from ..passes.plan.last_token import GatherLastToken
 from ..passes.plan.sample import SampleTokens
 from ..passes.plan.static_buffers import PlanStaticBuffers
-from ..passes.quantize.int8 import QuantizeInt8
+from ..passes.quantize.weights import QuantizeWeights
 
 PIPELINE: tuple[GraphPass, ...] = (
     # clean up: one spelling for one meaning
@@ -44,7 +44,7 @@ PIPELINE: tuple[GraphPass, ...] = (
     FuseAttentionStep(),
     SampleTokens(),
     # quantize: only where the recipe says so
-    QuantizeInt8(),
+    QuantizeWeights(),
     # plan: what runs where
     FuseLinear(),
     SelectKernels(),

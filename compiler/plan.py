@@ -15,7 +15,7 @@ import torch
 
 from ..artifacts.errors import UsageError
 from ..artifacts.manifest import CacheLayer
-from ..passes.base import Context, GraphPass
+from ..passes.base import Context, GraphPass, QuantizationGroup
 from ..passes.graph import TracedGraph
 from ..passes.instruments import DumpIR, PassRecord, Recorder
 from ..passes.manager import Instrument, run_passes
@@ -61,8 +61,13 @@ def context_for(recipe: Recipe, shape: EngineShape) -> Context:
     return Context(
         phase=shape.phase, batch=shape.batch, length=shape.length, device=recipe.target.device,
         max_length=recipe.model.max_length, block_size=block, num_blocks=-(-tokens // block) + 1, max_blocks=max_blocks,
-        scheme=recipe.quantization.scheme, targets=recipe.quantization.targets, ignore=recipe.quantization.ignore,
+        quantization=_groups(recipe),
     )  # fmt: skip
+
+
+def _groups(recipe: Recipe) -> tuple[QuantizationGroup, ...]:
+    asked = recipe.quantization
+    return () if asked.scheme == "none" else (QuantizationGroup(asked.scheme, asked.targets, asked.ignore),)
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -10,6 +10,22 @@ from .stages import Stage
 
 
 @dataclass(frozen=True)
+class QuantizationGroup:
+    """Weights that are quantized alike; of several groups the first that takes a weight has it.
+
+    Attributes:
+        scheme: a name of passes/quantize/schemes.py. targets, ignore: patterns of weight names.
+        group_size: columns per scale, where the scheme has groups; symmetric: without zero points.
+    """
+
+    scheme: str
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ()
+    group_size: int = 128
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
 class Context:
     """What a pass may know besides the graph.
 
@@ -18,7 +34,7 @@ class Context:
         device: "cpu" or "cuda".
         max_length: longest sequence in tokens; block_size: tokens a KV block holds.
         num_blocks: blocks of the cache, the null block included; max_blocks: blocks a sequence can have.
-        scheme: quantization scheme, "none" or a name of passes/quantize; targets, ignore: patterns of weight names.
+        quantization: the groups of weights to be quantized.
     """
 
     phase: str
@@ -29,9 +45,7 @@ class Context:
     block_size: int = 16
     num_blocks: int = 33
     max_blocks: int = 32
-    scheme: str = "none"
-    targets: tuple[str, ...] = ("Linear",)
-    ignore: tuple[str, ...] = ()
+    quantization: tuple[QuantizationGroup, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ from ...artifacts.errors import ResourceError, UsageError
 
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "runtime" / "ops" / "cpu"
 
-_KERNELS = ("linear.cpp", "attention.cpp", "sample.cpp", "run.cpp")
+_KERNELS = (
+    *("linear.cpp", "linear_quantized.cpp", "linear_int8.cpp", "linear_int4.cpp", "linear_fp8.cpp", "linear_mxfp4.cpp"),
+    *("attention.cpp", "sample.cpp", "run.cpp"),
+)
 _SHIM = ("shim.cpp", "memory.cpp", "sleef.cpp")
 _ISA_FLAGS = {"native": "-march=native", "portable": "-march=x86-64-v3"}
 # -fno-math-errno and -fno-trapping-math free the vectorizer; values, NaN and infinities among them, keep their meaning.
@@ -39,9 +42,10 @@ C_SHIMS: dict[str, list[str]] = {
         "AOTITorchError aoti_torch_cpu_linear_dense("
         "AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, AtenTensorHandle* ret)"
     ],
-    "linear_int8": [
-        "AOTITorchError aoti_torch_cpu_linear_int8("
-        "AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle scale, AtenTensorHandle* bias, AtenTensorHandle* ret)"
+    "linear_quantized": [
+        "AOTITorchError aoti_torch_cpu_linear_quantized(AtenTensorHandle x, AtenTensorHandle w, "
+        "AtenTensorHandle scale, AtenTensorHandle* zero, AtenTensorHandle* bias, const char* format, "
+        "const int64_t* group, int64_t group_size, const char* activations, AtenTensorHandle* ret)"
     ],
     "paged_attention": [
         "AOTITorchError aoti_torch_cpu_paged_attention(AtenTensorHandle q, AtenTensorHandle k_cache, "

@@ -1,7 +1,7 @@
 """On the GPU a linear layer takes in the norm before it and what follows it: each of them would be a launch of its own.
 
-Runs behind quantization, on what is left as `aten.linear`. The residual stream's add moves into the product that feeds
-it, its norm into the products that read it, so a decoder layer becomes few and large kernels.
+Runs behind quantization, on dense and quantized products alike. The residual stream's add moves into the product that
+feeds it, its norm into the products that read it, so a decoder layer becomes few and large kernels.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ..graph import source_of as source
 from ..stages import Stage
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_QUANTIZED = overload("linear_quantized")
+_LINEAR = (aten.linear.default, _QUANTIZED)
 
 
 @dataclass
@@ -52,7 +54,7 @@ class FuseLinear:
         for node in [n for n in traced.graph.nodes if is_call(n, overload("add_rms_norm"))]:
             if any(_is_product(n) and len(n.users) == 1 for n in operands(node)[:2]):
                 _part(traced, node)
-        for linear in [n for n in traced.graph.nodes if is_call(n, aten.linear.default)]:
+        for linear in [n for n in traced.graph.nodes if is_call(n, *_LINEAR)]:
             if not _is_product(linear):
                 outcome.miss(linear.name, "its weight is computed, or of a dtype without a kernel")
                 continue
@@ -62,10 +64,12 @@ class FuseLinear:
 
 
 def _is_product(node: object) -> bool:
-    """Whether the node is a linear layer with stored weight and bias of the activations' dtype."""
-    if not is_call(node, aten.linear.default):
+    """Whether the node is a linear layer with stored weight and bias, quantized or of the activations' dtype."""
+    if not isinstance(node, fx.Node) or not is_call(node, *_LINEAR):
         return False
-    x, weight, bias = (*operands(node), None)[:3]  # type: ignore[arg-type]
+    if node.target is _QUANTIZED:
+        return True
+    x, weight, bias = (*operands(node), None)[:3]
     stored = is_weight(weight) and (bias is None or is_weight(bias))
     return stored and dtype_of(weight) in _DTYPES and dtype_of(weight) == dtype_of(x)
 
@@ -122,14 +126,18 @@ def _take_cast(site: _Site, user: fx.Node) -> None:
 
 
 def _rewrite(traced: TracedGraph, site: _Site) -> None:
-    _, weight, bias = (*operands(site.linear), None)[:3]
+    if site.linear.target is _QUANTIZED:
+        _, weight, scale, zero, bias, *form = operands(site.linear)
+    else:
+        _, weight, bias = (*operands(site.linear), None)[:3]
+        scale, zero, form = None, None, ["", [], ""]
     last = site.last or site.linear
     norm_weight, eps, offset, narrow_first = operands(site.norm)[1:5] if site.norm else (None, 0.0, 0.0, False)
     kind, gate_first = operands(site.activation)[1:3] if site.activation else ("", True)
     with traced.graph.inserting_before(last):
         new = emit(
             traced.graph, overload("fused_linear"), site.x, weight, bias, norm_weight, site.residual, eps, offset,
-            narrow_first, kind, gate_first, site.wide, source=source(site.linear),
+            narrow_first, kind, gate_first, site.wide, scale, zero, *form, source=source(site.linear),
         )  # fmt: skip
         if shape_of(new) != shape_of(last):
             new = emit(traced.graph, aten.reshape.default, new, list(shape_of(last)), source=source(site.linear))

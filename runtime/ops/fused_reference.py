@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import quantized, reference
 
 
 def fused_linear(
@@ -24,6 +24,11 @@ def fused_linear(
     activation: str,
     gate_first: bool,
     wide: bool,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    format: str,
+    group: list[int],
+    activations: str,
 ) -> Tensor:
     """A linear layer with the RMSNorm before it and the gated activation or residual add behind it.
 
@@ -33,13 +38,18 @@ def fused_linear(
         activation: "" or a kind of `gated_activation`; the result then has n / 2 columns. gate_first as there.
         residual: [..., columns of the result] in x's dtype or None, added last.
         wide: return float32; the product is then not rounded to x's dtype.
+        scale, zero, format, group, activations: as in `quantized.linear_quantized` where the weight is quantized;
+            format "" is a weight in x's dtype, with neither.
 
     Returns:
         [..., n or n / 2] in x's dtype, contiguous.
     """
     if norm_weight is not None:
         x = reference.rms_norm(x, norm_weight, eps, offset, narrow_first)
-    if wide:
+    if scale is not None:
+        y = quantized.product(x, weight, scale, zero, bias, format, group, activations)
+        y = y if wide else y.to(x.dtype)
+    elif wide:
         y = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     else:
         y = torch.nn.functional.linear(x, weight, bias)

@@ -118,17 +118,6 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., k] times int8 weight [n, k] with a float32 scale per row, accumulated in float32, in x's dtype."""
-    out = torch.matmul(x.float(), weight.float().t()) * scale
-    return (out if bias is None else out + bias.float()).to(x.dtype)
-
-
-def embedding_int8(ids: Tensor, weight: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-    """Rows `ids` of int8 weight [n, k] times their float32 scale; the dtype is that of `like`, an empty tensor."""
-    return (weight[ids].float() * scale[ids][..., None]).to(like.dtype)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, narrow_first: bool) -> Tensor:
     """Root mean square norm over the last dimension (arXiv 1910.07467).
 

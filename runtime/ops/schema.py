@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import fused_reference, reference
+from . import fused_reference, quantized, reference
 
 _LIBRARY = torch.library.Library("ingot", "DEF")
 
@@ -58,15 +58,18 @@ _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
         reference.linear_dense,
         lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
     ),
-    "linear_int8": (
-        "(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
-        reference.linear_int8,
-        lambda x, weight, scale, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    "linear_quantized": (
+        "(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? bias, str format, int[] group, str activations)"
+        " -> Tensor",
+        quantized.linear_quantized,
+        lambda x, weight, scale, zero, bias, format, group, activations: x.new_empty(*x.shape[:-1], weight.shape[0]),
     ),
-    "embedding_int8": (
-        "(Tensor ids, Tensor weight, Tensor scale, Tensor like) -> Tensor",
-        reference.embedding_int8,
-        lambda ids, weight, scale, like: like.new_empty(*ids.shape, weight.shape[1]),
+    "embedding_quantized": (
+        "(Tensor ids, Tensor weight, Tensor scale, Tensor? zero, Tensor like, str format, int[] group) -> Tensor",
+        quantized.embedding_quantized,
+        lambda ids, weight, scale, zero, like, format, group: like.new_empty(
+            *ids.shape, weight.shape[1] * (2 if format in quantized.PACKED else 1)
+        ),
     ),
     "rms_norm": (
         "(Tensor x, Tensor weight, float eps, float offset, bool narrow_first) -> Tensor",
@@ -95,9 +98,10 @@ _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
     ),
     "fused_linear": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? residual, float eps, float offset, "
-        "bool narrow_first, str activation, bool gate_first, bool wide) -> Tensor",
+        "bool narrow_first, str activation, bool gate_first, bool wide, Tensor? scale, Tensor? zero, str format, "
+        "int[] group, str activations) -> Tensor",
         fused_reference.fused_linear,
-        lambda x, weight, bias, norm_weight, residual, eps, offset, narrow_first, activation, gate_first, wide: (
+        lambda x, weight, bias, norm_weight, residual, eps, offset, narrow_first, activation, gate_first, wide, *rest: (
             _fused_linear_shape(x, weight, activation, wide)
         ),
     ),

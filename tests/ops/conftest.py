@@ -18,6 +18,7 @@ _DTYPES = {
     torch.float16: 5,
     torch.float32: 6,
     torch.bfloat16: 15,
+    torch.float8_e4m3fn: 24,
 }
 _BY_NUMBER = {number: dtype for dtype, number in _DTYPES.items()}
 Handle = ctypes.c_void_p
@@ -65,8 +66,10 @@ class Kernels:
         ctypes.memmove(out.data_ptr(), data.value or 0, out.numel() * out.itemsize)
         return out
 
-    def call(self, name: str, *arguments: torch.Tensor | float | int | None) -> torch.Tensor:
-        """An op's result; a `None` is an absent optional tensor, a tuple of one tensor a present one."""
+    def call(
+        self, name: str, *arguments: torch.Tensor | tuple[torch.Tensor] | list[int] | str | float | int | None
+    ) -> torch.Tensor:
+        """An op's result; a `None` is an absent optional tensor, a tuple of a tensor a present one, a list `int[]`."""
         function: Callable[..., int] = getattr(self.library, f"aoti_torch_cpu_{name}")
         handles: list[Handle] = []
         given: list[object] = []
@@ -77,6 +80,10 @@ class Kernels:
             elif isinstance(argument, torch.Tensor):
                 handles.append(self.handle(argument))
                 given.append(handles[-1])
+            elif isinstance(argument, str):
+                given.append(argument.encode())
+            elif isinstance(argument, list):
+                given += [(ctypes.c_int64 * len(argument))(*argument), ctypes.c_int64(len(argument))]
             elif isinstance(argument, float):
                 given.append(ctypes.c_double(argument))
             else:

@@ -25,7 +25,8 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
 def fused_linear(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
     defaults: dict[str, Any] = {
         "bias": None, "norm_weight": None, "residual": None, "eps": 1e-5, "offset": 0.0, "narrow_first": True,
-        "activation": "", "gate_first": True, "wide": False,
+        "activation": "", "gate_first": True, "wide": False, "scale": None, "zero": None, "format": "", "group": [],
+        "activations": "",
     }  # fmt: skip
     return fused_reference.fused_linear(x, weight, **defaults | options)
 
@@ -186,7 +187,7 @@ def test_whole_tables_give_the_row_of_each_position(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("activation", "wide"), [("", False), ("silu", False), ("", True)])
 def test_announced_shapes_are_the_real_ones(activation: str, wide: bool) -> None:
     x, weight = normal(2, 3, 8, dtype=BF16), normal(6, 8, seed=1, dtype=BF16)
-    rest = (None, None, None, 0.0, 0.0, False, activation, True, wide)
+    rest: Any = (None, None, None, 0.0, 0.0, False, activation, True, wide, None, None, "", [], "")
     real = overload("fused_linear")(x, weight, *rest)
     announced = overload("fused_linear")(x.to("meta"), weight.to("meta"), *rest)
     assert (announced.shape, announced.dtype, announced.stride()) == (real.shape, real.dtype, real.stride())

@@ -1,4 +1,4 @@
-"""linear_dense and linear_int8 against float64 products, over shapes around every tile's edge."""
+"""linear_dense against float64 products, over shapes around every tile's edge."""
 
 from __future__ import annotations
 
@@ -42,28 +42,14 @@ def test_dense(kernels, n, k, dtype):
         close(kernels.call("linear_dense", x, w, (bias,)), exact + bias.double(), size + bias.double().abs())
 
 
-@pytest.mark.parametrize("n,k", SHAPES)
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_int8(kernels, n, k, dtype):
-    generator = torch.Generator().manual_seed(n * 4096 + k + 1)
-    w = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
-    scale, bias = torch.rand(n, generator=generator) * 0.02, torch.randn(n, generator=generator).to(dtype)
-    for m in ROWS:
-        x = torch.randn(m, k, generator=generator).to(dtype)
-        wide = w.double() * scale.double()[:, None]
-        exact, size = x.double() @ wide.t(), x.double().abs() @ wide.abs().t()
-        close(kernels.call("linear_int8", x, w, scale, None), exact, size)
-        close(kernels.call("linear_int8", x, w, scale, (bias,)), exact + bias.double(), size + bias.double().abs())
-
-
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("n,k", [(50, 70), (301, 2100)])
 def test_a_row_is_the_same_in_every_batch(kernels, n, k, kind):
     """Bit for bit: alone, among few rows, among many, and after other rows were changed."""
     x = torch.randn(70, k)
     if kind == "int8":
-        w, scale = torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.rand(n)
-        run = lambda rows: kernels.call("linear_int8", rows, w, scale, None)  # noqa: E731
+        w, scale = torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.rand(n, 1)
+        run = lambda rows: kernels.call("linear_quantized", rows, w, scale, None, None, "int8", [1, k], "")  # noqa: E731
     else:
         w = torch.randn(n, k).to(getattr(torch, kind))
         x = x.to(w.dtype)

@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from ingot.passes.quantize.int8 import int8_per_channel
 from ingot.runtime.ops import reference
 from ingot.runtime.ops.schema import SEMANTICS, overload
 from torch import Tensor
@@ -82,37 +79,6 @@ def test_gated_activation_refuses_what_it_does_not_know() -> None:
         reference.gated_activation(normal(2, 4), "mish", True)
 
 
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 6), k=st.integers(1, 40), rows=st.integers(1, 4), bias=st.booleans(), seed=st.integers(0, 999))
-def test_int8_products_stay_within_the_schemes_bound(n: int, k: int, rows: int, bias: bool, seed: int) -> None:
-    """Each weight is off by half a step at most, so a product by half a step times the sum of |x|."""
-    x, weight = normal(rows, k, seed=seed), normal(n, k, seed=seed + 1)
-    added = normal(n, seed=seed + 2) if bias else None
-    scheme = int8_per_channel(weight)
-    found = reference.linear_int8(x, scheme["values"], scheme["scale"], added).double()
-    exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
-    bound = x.abs().sum(-1, keepdim=True).double() * scheme["scale"].double() / 2
-    assert ((found - exact).abs() <= bound * (1 + 1e-3) + 1e-5).all()
-
-
-def test_int8_products_round_once_at_the_end() -> None:
-    x, scheme = normal(4, 32, dtype=BF16), int8_per_channel(normal(8, 32, seed=1))
-    bias = normal(8, seed=2, dtype=BF16)
-    found = reference.linear_int8(x, scheme["values"], scheme["scale"], bias)
-    wide = x.double() @ (scheme["values"].double() * scheme["scale"].double()[:, None]).T + bias.double()
-    assert found.dtype == BF16
-    assert (found.double() - wide).abs().max() <= torch.finfo(BF16).eps * wide.abs().max()
-
-
-def test_int8_embedding_is_a_row_of_the_product() -> None:
-    scheme = int8_per_channel(normal(10, 6))
-    ids = torch.tensor([[3, 9], [0, 3]])
-    for dtype in (torch.float32, BF16):
-        found = reference.embedding_int8(ids, scheme["values"], scheme["scale"], torch.empty(0, dtype=dtype))
-        wanted = (scheme["values"].float() * scheme["scale"][:, None])[ids].to(dtype)
-        assert found.dtype == dtype and torch.equal(found, wanted)
-
-
 def test_dense_products_are_linear() -> None:
     x, weight, bias = normal(2, 3, 8), normal(5, 8, seed=1), normal(5, seed=2)
     assert torch.equal(reference.linear_dense(x, weight, bias), F.linear(x, weight, bias))
@@ -130,7 +96,7 @@ def arguments(dtype: torch.dtype, strided: bool = False) -> dict[str, tuple[Any,
     positions, sinks = torch.tensor([[0, 1, 2], [4, 5, -1]]), normal(4, dtype=dtype)
     x, w, v = laid_out(normal(2, 3, 8, dtype=dtype)), normal(6, 8, dtype=dtype), normal(8, dtype=dtype)
     part = normal(2, 3, 12, dtype=dtype)[..., 2:10] if strided else x
-    int8, scale = torch.ones(6, 8, dtype=torch.int8), torch.ones(6)
+    int4, scale, zero = torch.ones(6, 4, dtype=torch.uint8), torch.ones(6, 2), torch.ones(6, 2, dtype=torch.uint8)
     table, row, index = normal(2, 1, 3, 8, dtype=dtype), torch.ones(2), torch.arange(2)
     return {
         "attention": (q, kv, kv, 0, 0.5, 2, 3.0, sinks),
@@ -138,15 +104,18 @@ def arguments(dtype: torch.dtype, strided: bool = False) -> dict[str, tuple[Any,
         "cache_slots": (tables, positions, 4),
         "cache_write": (cache, kv, torch.tensor([4, 5, 6, 12, 13, 14])),
         "linear_dense": (part, w, normal(6, dtype=dtype)),
-        "linear_int8": (part, int8, scale, None),
-        "embedding_int8": (torch.tensor([[0, 5]]), int8, scale, torch.empty(0, dtype=dtype)),
+        "linear_quantized": (part, int4, scale, zero, None, "int4", [1, 4], "int8"),
+        "embedding_quantized": (index[None], int4, scale, None, torch.empty(0, dtype=dtype), "int4", [1, 4]),
         "rms_norm": (part, v, 1e-5, 1.0, False),
         "add_rms_norm": (x, part, v, 1e-5, 0.0, True),
         "add_layer_norm": (x, part, v, None, 1e-5),
         "gated_activation": (part, "gelu", False),
         "rotate_half": (q, table, table),
         "sample": (normal(2, 9), row, index.int(), row, 0 * row, index, index),
-        "fused_linear": (part, w, None, v, normal(2, 3, 3, dtype=dtype), 1e-5, 0.0, True, "silu", True, False),
+        "fused_linear": (
+            *(part, int4, None, v, normal(2, 3, 3, dtype=dtype), 1e-5, 0.0, True, "silu", True, False),
+            *(scale, zero, "int4", [1, 4], ""),
+        ),
         "attention_step": (
             q[:, :, :1], kv[:, :, :1], kv[:, :, :1], cache, cache.clone(), tables, positions[:, :1],
             table[:, :, :1], table[:, :, :1], v, v, sinks, 1e-5, 0.0, True, 0.5, 2, 3.0,

@@ -13,7 +13,7 @@ from ingot.compiler.load_model import make_model
 from ingot.compiler.pipelines import PIPELINE
 from ingot.compiler.random_weights import RandomCheckpoint
 from ingot.compiler.trace import trace
-from ingot.passes.base import Context, GraphPass
+from ingot.passes.base import Context, GraphPass, QuantizationGroup
 from ingot.passes.graph import TracedGraph, copy_graph
 from ingot.passes.instruments import PassRecord, Recorder
 from ingot.passes.manager import run_passes
@@ -35,9 +35,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 LENGTH = 8
-DECODE = Context("decode", 2, 1, max_length=32, block_size=4, num_blocks=17, max_blocks=8, scheme="W8A16")
 PREFILL = Context("prefill", 1, LENGTH, max_length=32, block_size=4, num_blocks=17, max_blocks=8)
 CUDA = Context("decode", 2, 1, "cuda", max_length=32, block_size=4, num_blocks=17, max_blocks=8)
+_W8A16 = (QuantizationGroup("W8A16"),)
+DECODE = Context("decode", 2, 1, max_length=32, block_size=4, num_blocks=17, max_blocks=8, quantization=_W8A16)
 # Prefill is not quantized here, so that all its passes are exact and SelectKernels has something to do.
 SUBJECTS = [
     ("llama", "float32", DECODE),

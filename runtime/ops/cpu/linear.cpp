@@ -1,10 +1,11 @@
-// linear_dense and linear_int8: x [..., k] times the transpose of a row-major weight [n, k], summed in float32.
+// linear_dense, and products with int8 weights that have one scale per row: x [..., k] times the transpose of a
+// row-major weight [n, k], summed in float32.
 //
 // Few rows (decode) stream each weight row once from memory and convert it in registers. Many rows (prefill) first
 // widen a panel of weight rows to float32, which then serves all input rows from L2. Both run the same tile in the
 // same order, so a row's result is bit-identical whatever batch or chunk it is in (see vec.h).
+#include "linear.h"
 #include "parallel.h"
-#include "tensor.h"
 #include "vec.h"
 
 namespace ingot {
@@ -19,15 +20,6 @@ constexpr int64_t kStreamBytes = 512 << 10;  // weight bytes per task with few r
 struct PanelTag {};
 struct SumsTag {};
 struct InputTag {};
-
-struct Problem {
-  const float* x;  // [m, k], contiguous
-  int64_t m, n, k;
-  const float* scale;   // [n] or null
-  const float* bias;    // [n] or null
-  void* out;            // [m, n] in out_type
-  int32_t out_type;
-};
 
 // Adds a block of k columns for input rows [0, m) and `count` weight rows that lie `ldw` apart.
 template <int NR, bool Ahead = false, class T>
@@ -47,9 +39,10 @@ inline void panel_times(const float* x, int64_t ldx, int64_t m, const T* w, int6
 }
 
 template <class O>
-void finish_as(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums, int64_t ld) {
+void finish_as(const Product& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums, int64_t ld) {
   const int64_t count = n1 - n0;
   for (int64_t m = m0; m < m1; ++m, sums += ld) {
+    if (p.row_scale) for (int64_t i = 0; i < count; ++i) sums[i] *= p.row_scale[m];
     if (p.scale) for (int64_t i = 0; i < count; ++i) sums[i] *= p.scale[n0 + i];
     if (p.bias) for (int64_t i = 0; i < count; ++i) sums[i] += p.bias[n0 + i];
     O* out = static_cast<O*>(p.out) + m * p.n + n0;
@@ -57,16 +50,19 @@ void finish_as(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
   }
 }
 
-// Scale, bias and rounding to the output's type, for a rectangle of sums.
-void finish(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums, int64_t ld) {
+}  // namespace
+
+void finish(const Product& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums, int64_t ld) {
   if (p.out_type == kFloat32) finish_as<float>(p, m0, m1, n0, n1, sums, ld);
   else if (p.out_type == kBFloat16) finish_as<bfloat16>(p, m0, m1, n0, n1, sums, ld);
   else finish_as<float16>(p, m0, m1, n0, n1, sums, ld);
 }
 
+namespace {
+
 // All of k for a handful of rows and weight rows [n0, n1), four weight rows (streams) at a time.
 template <class T>
-void stream_weights(const Problem& p, const T* w, int64_t n0, int64_t n1) {
+void stream_weights(const Product& p, const T* w, int64_t n0, int64_t n1) {
   constexpr int64_t streams = 4, strip = 64;
   for (int64_t s0 = n0; s0 < n1; s0 += strip) {
     const int64_t s1 = std::min(n1, s0 + strip);
@@ -90,7 +86,7 @@ void stream_weights(const Problem& p, const T* w, int64_t n0, int64_t n1) {
 }
 
 // A panel that lies in L2 against input rows [m0, m1), a few at a time: those stay in L1 for the whole panel.
-void multiply_panel(const Problem& p, int64_t m0, int64_t m1, int64_t k, const float* panel, int64_t ld, int64_t count,
+void multiply_panel(const Product& p, int64_t m0, int64_t m1, int64_t k, const float* panel, int64_t ld, int64_t count,
                     int64_t block, float* sums) {
   for (int64_t m = m0; m < m1; m += kStrip) {
     panel_times<kColumns>(p.x + m * p.k + k, p.k, std::min(kStrip, m1 - m), panel, ld, count, block,
@@ -100,7 +96,7 @@ void multiply_panel(const Problem& p, int64_t m0, int64_t m1, int64_t k, const f
 
 // Input rows [m0, m1) and weight rows [n0, n1), one widened panel per block of k.
 template <class T>
-void widened_panel(const Problem& p, const T* w, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+void widened_panel(const Product& p, const T* w, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   const int64_t count = n1 - n0, width = std::min(kBlockK, p.k), ld = (width + W - 1) / W * W;
   float *sums = scratch<SumsTag>((m1 - m0) * count), *panel = scratch<PanelTag>(count * ld);
   std::fill(sums, sums + (m1 - m0) * count, 0.0f);
@@ -114,7 +110,7 @@ void widened_panel(const Problem& p, const T* w, int64_t m0, int64_t m1, int64_t
 }
 
 template <class T>
-void multiply(const Problem& p, const T* w) {
+void multiply(const Product& p, const T* w) {
   const int64_t bytes = p.n * p.k * int64_t(sizeof(T));
   if (p.m <= kFewRows) {
     const int64_t rows = std::max<int64_t>(4, kStreamBytes / (p.k * int64_t(sizeof(T)) + 1) / 4 * 4);
@@ -160,29 +156,33 @@ const float* float_rows(const View& x, int64_t k, int64_t rows, float* buffer) {
 
 bool floating(int32_t dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
 
-void linear(AtenTensorHandle x_handle, AtenTensorHandle w_handle, AtenTensorHandle* scale_handle,
-            AtenTensorHandle* bias_handle, AtenTensorHandle* ret) {
-  const View x(x_handle), w(w_handle);
-  require(x.dim >= 1 && w.dim == 2, "x must be [..., k] and the weight [n, k]");
+void linear_dense(AtenTensorHandle x, AtenTensorHandle w_handle, AtenTensorHandle* bias, AtenTensorHandle* ret) {
+  const View w(w_handle);
+  require(w.dim == 2 && w.contiguous(), "the weight must be [n, k] and contiguous");
+  require(floating(w.dtype), "the weight must be float32, bfloat16 or float16");
+  const Product p = open_product(x, w.sizes[0], w.sizes[1], bias, ret);
+  if (p.m == 0 || p.n == 0) return;
+  if (w.dtype == kFloat32) multiply(p, w.as<float>());
+  else if (w.dtype == kBFloat16) multiply(p, w.as<bfloat16>());
+  else multiply(p, w.as<float16>());
+}
+
+}  // namespace
+
+Product open_product(AtenTensorHandle x_handle, int64_t n, int64_t columns, AtenTensorHandle* bias_handle,
+                     AtenTensorHandle* ret) {
+  const View x(x_handle);
+  require(x.dim >= 1 && x.dim <= 16, "x must be [..., k] with at most 16 dimensions");
   require(floating(x.dtype), "x must be float32, bfloat16 or float16");
-  require(w.contiguous(), "the weight must be contiguous");
-  Problem p{};
-  p.k = w.sizes[1];
-  p.n = w.sizes[0];
-  require(x.sizes[x.dim - 1] == p.k, "x's last dimension is not the weight's");
+  require(x.sizes[x.dim - 1] == columns, "x's last dimension is not the weight's");
+  Product p;
+  p.k = columns;
+  p.n = n;
   p.m = 1;
   int64_t sizes[16];
-  require(x.dim <= 16, "x has more than 16 dimensions");
   for (int64_t d = 0; d + 1 < x.dim; ++d) p.m *= sizes[d] = x.sizes[d];
   sizes[x.dim - 1] = p.n;
-
   struct BiasTag {};
-  if (scale_handle) {
-    const View scale(*scale_handle);
-    require(scale.dtype == kFloat32 && scale.contiguous() && scale.dim == 1 && scale.sizes[0] == p.n,
-            "the scale must be float32 [n]");
-    p.scale = scale.as<float>();
-  }
   if (bias_handle) {
     const View bias(*bias_handle);
     require(floating(bias.dtype) && bias.dim == 1 && bias.sizes[0] == p.n, "the bias must be floating point [n]");
@@ -194,31 +194,14 @@ void linear(AtenTensorHandle x_handle, AtenTensorHandle w_handle, AtenTensorHand
   *ret = empty(x.dim, sizes, x.dtype);
   p.out = View(*ret).data;
   p.out_type = x.dtype;
-  if (p.m == 0 || p.n == 0) return;
-
-  if (scale_handle) {
-    require(w.dtype == kInt8, "the weight must be int8");
-    multiply(p, w.as<int8_t>());
-  } else if (w.dtype == kFloat32) {
-    multiply(p, w.as<float>());
-  } else if (w.dtype == kBFloat16) {
-    multiply(p, w.as<bfloat16>());
-  } else {
-    require(w.dtype == kFloat16, "the weight must be float32, bfloat16 or float16");
-    multiply(p, w.as<float16>());
-  }
+  return p;
 }
 
-}  // namespace
+void multiply_int8_channels(const Product& p, const int8_t* w) { multiply(p, w); }
+
 }  // namespace ingot
 
 extern "C" INGOT_API AOTITorchError aoti_torch_cpu_linear_dense(AtenTensorHandle x, AtenTensorHandle w,
                                                                 AtenTensorHandle* bias, AtenTensorHandle* ret) {
-  return ingot::guarded("linear_dense", [&] { ingot::linear(x, w, nullptr, bias, ret); });
-}
-
-extern "C" INGOT_API AOTITorchError aoti_torch_cpu_linear_int8(AtenTensorHandle x, AtenTensorHandle w,
-                                                               AtenTensorHandle scale, AtenTensorHandle* bias,
-                                                               AtenTensorHandle* ret) {
-  return ingot::guarded("linear_int8", [&] { ingot::linear(x, w, &scale, bias, ret); });
+  return ingot::guarded("linear_dense", [&] { ingot::linear_dense(x, w, bias, ret); });
 }

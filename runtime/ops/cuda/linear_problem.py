@@ -52,6 +52,8 @@ def problem_of(operands: Operands) -> Problem:
     out = operands.outputs.get("out")
     if x is None or weight is None or out is None:
         raise ValueError("fused_linear needs x, weight and the output out")
+    if format := operands.values["format"]:
+        raise ValueError(f"fused_linear has no CUDA kernel for {format} weights yet")
     if len(weight.shape) != 2 or not x.shape or x.shape[-1] != weight.shape[1] or 0 in x.shape + weight.shape:
         raise ValueError(f"fused_linear: x {list(x.shape)} and weight {list(weight.shape)} do not multiply")
     if x.dtype not in ITEM_BYTES or weight.dtype != x.dtype:

@@ -148,7 +148,7 @@ _NAMES = ("x", "weight", "bias", "norm_weight", "residual")
 def _values(case: Case) -> dict[str, Any]:
     return {
         "eps": 1e-5, "offset": case.offset, "narrow_first": not case.offset, "activation": case.activation,
-        "gate_first": case.gate_first, "wide": case.wide,
+        "gate_first": case.gate_first, "wide": case.wide, "format": "", "group": [], "activations": "",
     }  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def _run(case: Case, device: str) -> float:
 def _oracle(case: Case, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference in float32 on the same values, and what a kernel may differ from it at each element."""
     given: dict[str, Any] = {name: tensors[name].float() if name in tensors else None for name in _NAMES}
-    exact = fused_reference.fused_linear(**given, **_values(case)).double()
+    exact = fused_reference.fused_linear(**given, scale=None, zero=None, **_values(case)).double()
     # The linear layer itself, in float64: `size` bounds what sums in any order can lose.
     x = given["x"].double()
     if given["norm_weight"] is not None:

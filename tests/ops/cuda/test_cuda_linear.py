@@ -21,7 +21,15 @@ if find_spec("triton") is None:
 from ingot.runtime.ops.cuda import linear
 from ingot.runtime.ops.cuda.linear_configs import MOST_CANDIDATES, split_count
 
-PLAIN = {"eps": 1e-5, "offset": 0.0, "narrow_first": True, "activation": "", "gate_first": True, "wide": False}
+PLAIN = {
+    "eps": 1e-5,
+    "offset": 0.0,
+    "narrow_first": True,
+    "activation": "",
+    "gate_first": True,
+    "wide": False,
+    "format": "",
+}
 HOPPER_SHARED_BYTES = 232_448
 # Llama-3.2-1B and Llama-3.1-8B: rows and columns of the weight, and what is fused.
 LAYERS: dict[str, tuple[int, int, dict[str, Any]]] = {
