@@ -15,6 +15,8 @@ from ..artifacts.errors import UsageError, VerificationError
 from ..artifacts.kernel_plan import KernelPlan
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import check, open_artifact
+from . import accuracy_facts
+from .accuracy_facts import numbers
 from .console import print_table, printable, size_text
 
 _MAX_STDIN_BYTES = 16 << 20
@@ -108,7 +110,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
             "length": engine.length,
             "size_bytes": sizes[engine.file],
             "memory_bytes": engine.memory_bytes,
-            "exactness": _numbers(measured.get(engine.name)),
+            "exactness": numbers(measured.get(engine.name)),
         }
         for engine in manifest.engines
     ]
@@ -138,7 +140,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
 def print_artifact(facts: dict[str, Any]) -> None:
     """The facts of `describe` as tables on stdout."""
     model, target, cache = facts["model"], facts["target"], facts["kv_cache"]
-    task = facts["gate"].get("task")
+    task = accuracy_facts.task_text(facts["gate"])
     rows = [
         ("digest", facts["digest"]),
         ("model", f"{model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}"),
@@ -150,7 +152,7 @@ def print_artifact(facts: dict[str, Any]) -> None:
         ("total", size_text(facts["total_bytes"])),
         ("gate", "passed" if facts["gate"].get("passed") is True else "no result recorded"),
         ("toolchain", ", ".join(f"{tool} {version}" for tool, version in facts["toolchain"].items())),
-        *([("task", _exactness(_numbers(task)))] if task else []),
+        *([("task", task)] if task else []),
     ]
     print_table(f"{facts['name']} (ingot {facts['ingot_version']})", ("", ""), rows)
     engines = [
@@ -161,6 +163,8 @@ def print_artifact(facts: dict[str, Any]) -> None:
         for e in facts["engines"]
     ]  # fmt: skip
     print_table("engines", ("name", "kind", "batch", "length", "size", "GPU memory", "exactness"), engines)
+    if report := accuracy_facts.accuracy_of(facts["gate"]):
+        print_table(accuracy_facts.title(report), ("", *accuracy_facts.columns(report)), accuracy_facts.rows(report))
     passes = [
         (p["name"], p["changed"], p["missed"], "exact" if p["exact"] else "changes numerics") for p in facts["passes"]
     ]
@@ -177,11 +181,6 @@ def _passes(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         entry["changed"] += changed if type(changed) is int else 0
         entry["missed"] += len(missed) if isinstance(missed, list) else missed if type(missed) is int else 0
     return list(merged.values())
-
-
-def _numbers(measured: Any) -> dict[str, int | float]:
-    items = measured.items() if isinstance(measured, dict) else ()
-    return {key: value for key, value in items if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
 def _exactness(numbers: dict[str, int | float]) -> str:

@@ -16,6 +16,7 @@ from ..artifacts.store import ArtifactWriter
 from ..passes.base import GraphPass
 from ..passes.graph import TracedGraph
 from ..passes.instruments import PassRecord
+from . import accuracy
 from . import gate as numeric_gate
 from .assets import write_assets
 from .console import Progress
@@ -79,20 +80,31 @@ def build(
         target = replace(manifest.target, host_library=engines.host_library)
         paths = tuple(f"weights/{f}" for f in files)
         manifest = replace(manifest, target=target, engines=engines.entries, weights=paths)
-        tokens = numeric_gate.plan_tokens(plan, root / "tokenizer.json" if has_tokenizer else None)
+        tokenizer = root / "tokenizer.json" if has_tokenizer else None
+        tokens = numeric_gate.plan_tokens(plan, tokenizer)
         with clock("gate"), progress.stage("numeric gate"):
             result = _gate(plan, weights, root, manifest, tokens)
         if not result.passed:
             _fail(plan, weights, tokens, result, progress, passes)
+        lossy = accuracy.is_lossy(plan)
+        measured = None
+        if lossy and recipe.gate.accuracy_tokens:
+            with clock("accuracy"), progress.stage("accuracy"):
+                windows = accuracy.accuracy_windows(plan, tokenizer)
+                measured = accuracy.measure(plan, weights.load, root, listed(root, manifest), windows)
+            result.report["accuracy"] = accuracy.summary(measured)
+            _judge_accuracy(recipe, measured)
         task = None
         if recipe.gate.task:
             from .task import run_task
 
             with clock("task"), progress.stage("task"):
-                task = run_task(recipe, root, listed(root, manifest))
+                task = run_task(plan, root, listed(root, manifest), weights.load if lossy else None)
             result.report["task"] = task
             _judge_task(task)
         written = reports(plan, result.report)
+        if measured:
+            written["accuracy"] = measured
         if engines.tuning:
             written["tuning"] = engines.tuning
         manifest = replace(manifest, passes=written["passes"], gate=result.report)
@@ -186,6 +198,16 @@ def _fail(
         f"the numeric gate failed: engine {engine}: {what}{more}", why,
         "the old artifact is untouched; skip or mend the pass, or change gate.budgets if this loss is meant",
     )  # fmt: skip
+
+
+def _judge_accuracy(recipe: Recipe, measured: dict[str, Any]) -> None:
+    if missed := accuracy.shortfalls(recipe, measured):
+        raise GateError(
+            f"the accuracy falls short: {'; '.join(missed)}",
+            f"measured on {measured['positions']} tokens of {measured['text']}, scheme {measured['scheme']}",
+            "use a more exact scheme, quantize fewer weights (quantization.ignore), or change gate.budgets if this loss"
+            " is meant",
+        )
 
 
 def _judge_task(task: dict[str, Any]) -> None:

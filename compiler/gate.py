@@ -22,7 +22,7 @@ import numpy as np
 from ..artifacts import errors
 from ..artifacts.errors import ResourceError
 from ..artifacts.manifest import Manifest
-from .metrics import Distance, compare
+from .metrics import Distance, Fidelity, compare
 from .plan import Plan
 from .recipe import Recipe
 from .reference_model import ReferenceModel
@@ -52,13 +52,14 @@ class Budget:
     mean_kl: float | None = None
     top1: float | None = None
 
-    def shortfalls(self, found: Distance, eager: Distance | None) -> list[str]:
+    def shortfalls(self, found: Distance | Fidelity, eager: Distance | Fidelity | None) -> list[str]:
         """Each metric that misses its budget, in words. Metrics no worse than `eager`, the model's own error, pass."""
         if not found.finite:
             return ["some logits are not finite"]
         missed = []
-        if self.max_relative_error is not None and not found.max_relative_error <= self.max_relative_error:
-            missed.append(f"max relative error {found.max_relative_error:.2e} > {self.max_relative_error:.2e}")
+        error = found.max_relative_error if isinstance(found, Distance) else 0.0
+        if self.max_relative_error is not None and not error <= self.max_relative_error:
+            missed.append(f"max relative error {error:.2e} > {self.max_relative_error:.2e}")
         if self.mean_kl is not None and not found.mean_kl <= max(self.mean_kl, eager.mean_kl if eager else 0.0):
             missed.append(f"mean KL {found.mean_kl:.2e} > {self.mean_kl:.2e}")
         if self.top1 is not None:
@@ -140,6 +141,8 @@ def replay_in_child(
 ) -> list[list[tuple[int, np.ndarray]]]:
     """Logits of every pair of engines from a lean process: per row the sequence's number and its logits.
 
+    The arrays are maps of files that are gone with them.
+
     Raises:
         ResourceError: the child crashed or took too long; says how it ended.
     """
@@ -151,13 +154,13 @@ def replay_in_child(
             "sequences": tokens.sequences, "prompts": tokens.prompts,
         }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
-        run_child("ingot.runtime.replay", str(folder / "request.json"), str(folder / "result.npz"))
-        with np.load(folder / "result.npz", allow_pickle=False) as arrays:
-            found = []
-            for pair in range(len(pairs)):
-                names = [n for n in arrays.files if n.startswith(f"{pair}.")]
-                found.append([(int(n.split(".")[1]), arrays[n]) for n in sorted(names)])
-            return found
+        run_child("ingot.runtime.replay", str(folder / "request.json"), str(folder / "result"))
+        found = []
+        for pair in range(len(pairs)):
+            files = sorted((folder / "result").glob(f"{pair}.*.npy"))
+            arrays = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
+            found.append([(int(file.name.split(".")[1]), array) for file, array in zip(files, arrays)])
+        return found
 
 
 def run_child(module: str, *args: str) -> str:

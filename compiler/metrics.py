@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+_BLOCK = 1 << 20  # logits that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Distance:
 
     def to_dict(self) -> dict[str, object]:
         """For the reports; numbers that are no longer finite become None, JSON knows no NaN."""
-        return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in self.__dict__.items()}
+        return _plain(self)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -62,3 +65,105 @@ def compare(reference: list[np.ndarray], other: list[np.ndarray]) -> Distance:
     return Distance(
         len(errors), max(errors), float(np.mean(divergences)), max(divergences), float(np.mean(same)), finite
     )
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How well an engine predicts a text, next to its reference, over `tokens` positions.
+
+    Names and formulas are those of llama.cpp's `llama-perplexity --kl-divergence`; errors are standard errors.
+
+    Attributes:
+        mean_kl … max_kl: KL(reference || engine) in nats, its mean and percentiles (linear interpolation).
+        top1: share of positions where both have the same most likely token.
+        perplexity, reference_perplexity: exp of the mean negative log-likelihood of the text's next tokens.
+        perplexity_ratio: perplexity / reference_perplexity. Its error takes in that both are measured on one text.
+        rms_delta_p: root mean square of the difference of the next token's probability.
+    """
+
+    tokens: int
+    mean_kl: float
+    mean_kl_error: float
+    median_kl: float
+    p99_kl: float
+    p999_kl: float
+    max_kl: float
+    top1: float
+    top1_error: float
+    perplexity: float
+    reference_perplexity: float
+    perplexity_ratio: float
+    perplexity_ratio_error: float
+    rms_delta_p: float
+    rms_delta_p_error: float
+    finite: bool
+
+    def to_dict(self) -> dict[str, object]:
+        """For the reports; numbers that are no longer finite become None, JSON knows no NaN."""
+        return _plain(self)
+
+
+class FidelityMeter:
+    """Takes in logits piece by piece, of which only a few numbers per position are kept: see `Fidelity`."""
+
+    def __init__(self) -> None:
+        self._found: list[np.ndarray] = []
+
+    def add(self, reference: np.ndarray, other: np.ndarray, following: Sequence[int]) -> None:
+        """Logits [positions, vocabulary] of both, and the token that follows in the text at each position.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if reference.shape != other.shape or len(reference) != len(following):
+            raise ValueError(f"logits of shape {other.shape} against {reference.shape}, {len(following)} tokens")
+        step = max(1, _BLOCK // reference.shape[1])
+        for start in range(0, len(following), step):
+            part = slice(start, start + step)
+            self._found.append(_per_position(reference[part], other[part], np.asarray(following[part])))
+
+    @property
+    def kl(self) -> np.ndarray:
+        """KL of each position so far, in the order they came; infinite where logits are not finite."""
+        return np.concatenate(self._found)[:, 0]
+
+    def result(self) -> Fidelity:
+        """The figures of all that came in.
+
+        Raises:
+            ValueError: nothing did.
+        """
+        kl, same, reference, other, delta = np.concatenate(self._found).T
+        with np.errstate(invalid="ignore"):  # infinities of logits that are not finite
+            top1, squares = float(same.mean()), delta**2
+            rms = float(np.sqrt(squares.mean()))
+            ratio = float(np.exp((other - reference).mean()))
+            median, p99, p999 = (float(np.quantile(kl, q)) for q in (0.5, 0.99, 0.999))
+            return Fidelity(
+                len(kl), float(kl.mean()), _error(kl), median, p99, p999, float(kl.max()), top1, _error(same),
+                float(np.exp(other.mean())), float(np.exp(reference.mean())), ratio, ratio * _error(other - reference),
+                rms, 0.5 / rms * _error(squares) if rms else 0.0, bool(np.isfinite(kl).all()),
+            )  # fmt: skip
+
+
+def _per_position(reference: np.ndarray, other: np.ndarray, following: np.ndarray) -> np.ndarray:
+    """[positions, 5]: KL, same top token, both negative log-likelihoods, difference of the next token's probability."""
+    rows = np.arange(len(following))
+    with np.errstate(invalid="ignore"):
+        p, q = _log_softmax(reference), _log_softmax(other)
+        kl = np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0)
+    same = reference.argmax(-1) == other.argmax(-1)
+    want, have = p[rows, following], q[rows, following]
+    found = np.stack([kl, same, -want, -have, np.exp(have) - np.exp(want)], -1)
+    bad = ~(np.isfinite(reference).all(-1) & np.isfinite(other).all(-1))
+    found[bad] = (np.inf, 0.0, np.inf, np.inf, np.inf)
+    return found
+
+
+def _error(values: np.ndarray) -> float:
+    """Standard error of the mean."""
+    return float(np.sqrt(values.var() / (len(values) - 1))) if len(values) > 1 else 0.0
+
+
+def _plain(record: Distance | Fidelity) -> dict[str, object]:
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.__dict__.items()}

@@ -81,6 +81,7 @@ def check_recipe(recipe: Recipe) -> None:
     path = recipe.task_path()
     if path is not None:
         read_task(path, recipe.gate.task_examples)
+    recipe.accuracy_path()
     if recipe.quantization.scheme == "none" and recipe.quantization.ignore:
         raise UsageError(
             "quantization.ignore has no effect", 'quantization.scheme is "none"', "set a scheme, or drop it"

@@ -84,6 +84,10 @@ class Recipe:
         """The task.jsonl of the gate, or None. Raises UsageError if it is named but missing."""
         return _existing(self, "gate.task", self.gate.task) if self.gate.task else None
 
+    def accuracy_path(self) -> Path | None:
+        """The text of the accuracy report, or None for the bundled one. Raises UsageError if it is missing."""
+        return _existing(self, "gate.accuracy_text", self.gate.accuracy_text) if self.gate.accuracy_text else None
+
     def check_source(self) -> None:
         """Raise UsageError unless the model's source is whole: a folder, a pinned hub model, or a config."""
         if self.model.source == "local":
@@ -234,7 +238,7 @@ def _resolve(recipe: Recipe, file: str) -> Recipe:
 def _paths(recipe: Recipe) -> list[tuple[str, str]]:
     """(key, value) of every path the recipe file gives; the folder of --model is the user's own and not among them."""
     paths = {"model.config": recipe.model.config, "gate.prompts_file": recipe.gate.prompts_file}
-    paths["gate.task"] = recipe.gate.task
+    paths |= {"gate.task": recipe.gate.task, "gate.accuracy_text": recipe.gate.accuracy_text}
     if recipe.model_folder is None:
         paths["model.path"] = recipe.model.path
     return [(key, value) for key, value in paths.items() if value]

@@ -1,7 +1,7 @@
 """Replays given tokens through an artifact's engines and collects their logits: what the numeric gate measures.
 
-Run as `python -m ingot.runtime.replay REQUEST.json RESULT.npz` in a process of its own, it is also the proof that a
-lean process can load and run every engine: a crash there is reported by the build, not met by a user.
+Run as `python -m ingot.runtime.replay REQUEST.json FOLDER` in a process of its own, it is also the proof that a lean
+process can load and run every engine: a crash there is reported by the build, not met by a user.
 """
 
 from __future__ import annotations
@@ -126,26 +126,30 @@ def replay(
 
 
 def main(request: str, result: str) -> None:
-    """Serve one request: {"root", "manifest", "pairs", "sequences", "prompts"} -> arrays "<pair>.<sequence>.<copy>"."""
+    """Serve one request: {"root", "manifest", "pairs", "sequences", "prompts"} -> "<pair>.<sequence>.<copy>.npy" each.
+
+    Logits of a large vocabulary are gigabytes: each group's are written before the next one runs.
+    """
     from .loader import load_engines
 
     asked = json.loads(Path(request).read_text())
     manifest = Manifest.from_json(Path(asked["manifest"]).read_bytes())
     artifact = OpenArtifact(Path(asked["root"]), manifest)
     group = load_engines(artifact)
-    arrays: dict[str, np.ndarray] = {}
+    folder = Path(result)
+    folder.mkdir()
     sequences, prompts = asked["sequences"], asked["prompts"]
     cache = replace(manifest.kv_cache, num_blocks=group.num_blocks)
     needs = [-(-len(s) // cache.block_size) for s in sequences]
     for number, names in enumerate(asked["pairs"]):
         pair = Pair(*names)
         rows = group.engines[pair.decode].entry.batch
+        copies = [0] * len(sequences)
         for indices in _groups(len(sequences), rows, needs, cache.num_blocks - 1):
             logits = replay(group.engines, cache, pair, [sequences[i] for i in indices], [prompts[i] for i in indices])
             for index, values in zip(indices, logits):
-                copies = sum(name.startswith(f"{number}.{index}.") for name in arrays)
-                arrays[f"{number}.{index}.{copies}"] = values
-    np.savez(result, **arrays)  # type: ignore[arg-type]
+                np.save(folder / f"{number}.{index}.{copies[index]}.npy", values)
+                copies[index] += 1
     group.close()
 
 

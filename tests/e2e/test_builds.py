@@ -22,7 +22,7 @@ import pytest
 import torch
 from ingot.artifacts.manifest import load_manifest
 from ingot.artifacts.store import check
-from ingot.compiler import build, builder, cli, engines
+from ingot.compiler import accuracy, build, builder, cli, engines
 from ingot.compiler.console import SilentProgress
 from ingot.compiler.plan import Plan, make_plan
 from ingot.compiler.recipe import Recipe, load_recipe
@@ -201,6 +201,34 @@ def test_another_build_replaces_the_old_artifact(
     assert load_manifest(old).digest() != first
     assert check(old) == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lossy_build_says_what_it_lost(
+    demo: Demo, main: Cli, compiled: None, planned: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo's own engines, taken for lossy ones: the report is in the artifact, and a loss too large fails."""
+    monkeypatch.setattr(accuracy, "is_lossy", lambda plan: True)
+    size = ("--set", "gate.accuracy_tokens=100")
+    code, out, _ = main("build", demo.recipe, "-o", tmp_path / "out", *size)
+    assert code == 0
+    assert "accuracy of float32 against transformers eager float32, 100 tokens of accuracy.txt" in out
+    assert "perplexity ratio" in out
+    manifest = load_manifest(tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "report" / "accuracy.json").read_text())
+    assert manifest.gate["accuracy"] == accuracy.summary(stored)
+    assert stored["engine"]["tokens"] == 100
+    assert check(tmp_path / "out") == []
+    before = snapshot(tmp_path)
+
+    def lossy(*args: Any) -> dict[str, Any]:
+        return {**stored, "engine": {**stored["engine"], "mean_kl": 0.5, "mean_kl_error": 0.1}}
+
+    monkeypatch.setattr(accuracy, "measure", lossy)
+    code, out, err = main("build", demo.recipe, "-o", tmp_path / "out", *size, "--set", "gate.budgets.mean_kl=0.2")
+    assert (code, out) == (4, "")
+    assert "the accuracy falls short: mean KL 3.00e-01 > 2.00e-01" in err
+    assert "quantization.ignore" in err
+    assert snapshot(tmp_path) == before
 
 
 def test_build_and_generate_from_python(demo: Demo, compiled: None, planned: None, tmp_path: Path) -> None:
