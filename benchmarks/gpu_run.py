@@ -198,7 +198,7 @@ def peers(
     """The jobs of each peer, and how its worker is started."""
     found: list[tuple[list[Job], Callable[[], Worker]]] = []
     asked = [j for j in jobs if j.load.peers and j.load.batch in (options.peer_batches or (j.load.batch,))]
-    if recipe.quantization.scheme != "none":  # they hold the weights in full, and read another number of bytes
+    if recipe.quantization.active:  # they hold the weights in full, and read another number of bytes
         asked = [replace(j, read_bytes=0) for j in asked]
     source = peer_source(recipe)
     config = source / "config.json" if source.is_dir() else source

@@ -63,6 +63,7 @@ def linear_case(name: str, m: int, n: int, k: int, *, norm: bool = False, act: s
         "gate_first": True,
         "wide": wide,
         "format": "",
+        "activations": "",
     }
     out = dense(1, m, columns, dtype="float32" if wide else "bfloat16")
     return Case(

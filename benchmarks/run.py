@@ -92,7 +92,7 @@ def measure(subject: Subject, model: Model, options: Options, say: Say) -> None:
 
 def describe(subject: Subject, model: Model, recipe: Recipe, manifest: Manifest, folder: Path) -> None:
     """What is known of an artifact without running it."""
-    model.dtype, model.scheme = manifest.model.dtype, recipe.quantization.scheme
+    model.dtype, model.scheme = manifest.model.dtype, "+".join(recipe.quantization.schemes)
     model.parameters = manifest.model.parameters
     model.checkpoint_bytes = checkpoint_bytes(recipe, manifest)
     model.artifact_bytes = sum(entry.size for entry in manifest.files)

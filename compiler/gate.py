@@ -77,7 +77,7 @@ def _at_least(share: float, count: int) -> float:
 def budget_for(recipe: Recipe) -> Budget:
     """The recipe's budgets over the defaults for its dtype and scheme."""
     asked = recipe.gate.budgets
-    if recipe.quantization.scheme != "none":
+    if recipe.quantization.active:
         base = Budget(mean_kl=0.005, top1=0.97)
     elif recipe.model.dtype == "float32":
         base = Budget(max_relative_error=1e-4)
@@ -279,7 +279,7 @@ def eager_logits(
 
     What rounding alone does to the model: an engine that is as close to float32 as this is as good as it can be.
     """
-    if recipe.model.dtype == "float32" or recipe.quantization.scheme != "none":
+    if recipe.model.dtype == "float32" or recipe.quantization.active:
         return None
     model = ReferenceModel(config, recipe.model.dtype, load, recipe.target.device)
     return model.logits(tokens.sequences, tokens.firsts)

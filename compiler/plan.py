@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from ..artifacts.errors import UsageError
 from ..artifacts.manifest import CacheLayer
-from ..passes.base import Context, GraphPass, QuantizationGroup
+from ..passes.base import Context, GraphPass
 from ..passes.graph import TracedGraph
 from ..passes.instruments import DumpIR, PassRecord, Recorder
 from ..passes.manager import Instrument, run_passes
@@ -25,6 +24,7 @@ from .console import Progress
 from .load_model import make_model
 from .model_source import resolve_source
 from .pipelines import PIPELINE, select
+from .quantization import check_shapes, check_target, groups_of
 from .recipe import EngineShape, Recipe
 from .task_file import read_task
 from .trace import trace
@@ -61,45 +61,17 @@ def context_for(recipe: Recipe, shape: EngineShape) -> Context:
     return Context(
         phase=shape.phase, batch=shape.batch, length=shape.length, device=recipe.target.device,
         max_length=recipe.model.max_length, block_size=block, num_blocks=-(-tokens // block) + 1, max_blocks=max_blocks,
-        quantization=_groups(recipe),
+        quantization=groups_of(recipe.quantization),
     )  # fmt: skip
-
-
-def _groups(recipe: Recipe) -> tuple[QuantizationGroup, ...]:
-    asked = recipe.quantization
-    return () if asked.scheme == "none" else (QuantizationGroup(asked.scheme, asked.targets, asked.ignore),)
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise UsageError for what a build would only meet after compiling: a task that is none, a scheme of no use."""
-    if recipe.target.device == "cuda" and recipe.quantization.scheme != "none":
-        raise UsageError(
-            f"quantization.scheme {recipe.quantization.scheme!r} has no kernels for CUDA yet",
-            "target.device is 'cuda'",
-            '--set quantization.scheme="none", or --set target.device=cpu',
-        )
+    check_target(recipe)
     path = recipe.task_path()
     if path is not None:
         read_task(path, recipe.gate.task_examples)
     recipe.accuracy_path()
-    if recipe.quantization.scheme == "none" and recipe.quantization.ignore:
-        raise UsageError(
-            "quantization.ignore has no effect", 'quantization.scheme is "none"', "set a scheme, or drop it"
-        )
-
-
-def _check_quantized(plan: Plan) -> None:
-    """A scheme that reached no weight is a mistake in its patterns, not a smaller artifact."""
-    if plan.recipe.quantization.scheme == "none":
-        return
-    for engine, records in plan.records.items():
-        if not any(r.changed for r in records if not r.exact):
-            raise UsageError(
-                f"quantization reached no weight of engine {engine}",
-                f"targets {list(plan.recipe.quantization.targets)} and ignore {list(plan.recipe.quantization.ignore)}"
-                " leave none",
-                'use targets = ["Linear"], or patterns of weight names as --dump-ir shows them',
-            )
 
 
 def make_plan(
@@ -134,5 +106,5 @@ def make_plan(
             plan.graphs[shape.name], plan.contexts[shape.name] = traced, context
             plan.records[shape.name] = recorder.records
             progress.update(shape.name, advance=1)
-    _check_quantized(plan)
+    check_shapes(recipe, plan.records)
     return plan, model

@@ -16,7 +16,18 @@ from typing import Any, Literal
 
 from ..artifacts.errors import UsageError
 from .recipe_parse import apply_overrides, build_dataclass, inside, read_text, read_toml
-from .recipe_sections import DEFAULT_PROMPTS, MAX_CACHE_TOKENS, Gate, ModelSource, Passes, Quantization, Shapes, Target
+from .recipe_sections import (
+    DEFAULT_PROMPTS,
+    GROUP_SIZES,
+    MAX_CACHE_TOKENS,
+    Gate,
+    Group,
+    ModelSource,
+    Passes,
+    Quantization,
+    Shapes,
+    Target,
+)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -196,16 +207,34 @@ def _check(recipe: Recipe, file: str) -> None:
         raise refuse("shapes.kv_block_size", f"{shapes.kv_block_size} is not a power of two", "use 16")
     if gate.prompts_file and gate.prompts != DEFAULT_PROMPTS:
         raise refuse("gate.prompts_file", "gate.prompts is set as well", "keep one of the two")
-    for pattern in (*recipe.quantization.targets, *recipe.quantization.ignore):
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except (re.error, RecursionError, OverflowError) as error:
-                raise refuse(
-                    "quantization", f"{pattern[:50]!r} is no regular expression: {error}", "see recipes/README.md"
-                ) from None
+    if recipe.quantization.groups and replace(recipe.quantization, groups=()) != Quantization():
+        raise refuse(
+            "quantization", "it is one group itself and lists quantization.groups as well", "keep one of the two"
+        )
+    for index, group in enumerate(recipe.quantization.groups or (recipe.quantization,)):
+        where = f"quantization.groups[{index}]" if recipe.quantization.groups else "quantization"
+        if problem := _group_problem(group):
+            key, why, fix = problem
+            raise refuse(f"{where}.{key}", why, fix)
     for key, value in _paths(recipe):
         inside(recipe.folder, value, file, key)
+
+
+def _group_problem(group: Group) -> tuple[str, str, str] | None:
+    """Key, reason and remedy of what is wrong with a group of weights by itself, or None."""
+    for key, patterns in (("targets", group.targets), ("ignore", group.ignore)):
+        for pattern in patterns:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except (re.error, RecursionError, OverflowError) as error:
+                    return key, f"{pattern[:50]!r} is no regular expression: {error}", "see recipes/README.md"
+    if group.group_size not in (0, *GROUP_SIZES):
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        return "group_size", f"{group.group_size} is none of {sizes}", f"use one of {sizes}, or 0 for one scale per row"
+    if not group.symmetric and group.scheme != "W4A16":
+        return "symmetric", f'only "W4A16" has zero points, not {group.scheme!r}', "leave it out"
+    return None
 
 
 def _resolve(recipe: Recipe, file: str) -> Recipe:

@@ -169,6 +169,8 @@ def type_name(kind: Any) -> str:
         return " or ".join(f'"{choice}"' for choice in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return f"list of {type_name(typing.get_args(kind)[0])}s"
+    if dataclasses.is_dataclass(kind):
+        return "table"
     if isinstance(kind, types.UnionType):
         return type_name(typing.get_args(kind)[0])
     return {str: "string", int: "integer", float: "number", bool: "boolean"}[kind]
@@ -188,6 +190,10 @@ def _convert(value: Any, kind: Any, metadata: Any, file: str, path: str) -> Any:
         if len(value) > most:
             raise UsageError(f"{file}: {path} is too long", f"{len(value)} entries, at most {most}", "list fewer")
         entry = typing.get_args(kind)[0]
+        if dataclasses.is_dataclass(entry):
+            return tuple(
+                build_dataclass(typing.cast(type, entry), item, file, f"{path}[{i}].") for i, item in enumerate(value)
+            )
         return tuple(_convert(item, entry, metadata, file, f"{path}[{i}]") for i, item in enumerate(value))
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)

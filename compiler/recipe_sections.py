@@ -11,6 +11,7 @@ from typing import Literal
 from .recipe_parse import integer, integers, real
 
 MAX_CACHE_TOKENS = 1 << 27
+GROUP_SIZES = (32, 64, 128)
 DEFAULT_PROMPTS = (
     "Once upon a time, in a small village by the sea,",
     "The three most important ideas in physics are",
@@ -44,12 +45,33 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """Which weights are stored in fewer bits (llm-compressor's words)."""
+class Group:
+    """Weights that are stored alike (llm-compressor's words)."""
 
-    scheme: Literal["none", "W8A16"] = "none"
+    scheme: Literal["none", "W8A16", "W4A16", "FP8", "FP8-W8A16", "W8A8"] = "none"
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
+    group_size: int = integer(128, 0, max(GROUP_SIZES))
+    symmetric: bool = True
+    algorithm: Literal["rtn"] = "rtn"
+
+
+@dataclass(frozen=True)
+class Quantization(Group):
+    """Which weights are stored in fewer bits: one group, or several of which the first that takes a weight has it."""
+
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def active(self) -> tuple[Group, ...]:
+        """The groups in order; none where nothing is quantized."""
+        groups = self.groups or (self,)
+        return groups if any(g.scheme != "none" for g in groups) else ()
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The schemes that occur, each once, without "none"."""
+        return tuple(dict.fromkeys(g.scheme for g in self.active if g.scheme != "none"))
 
 
 @dataclass(frozen=True)

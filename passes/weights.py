@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..artifacts.errors import UsageError
+
 Load = Callable[[str], Tensor]
 
 
@@ -115,6 +117,30 @@ class Quantized:
     def evaluate(self, load: Load) -> Tensor:
         """The quantized values or their scales."""
         return self.scheme(self.part.evaluate(load))[self.output]
+
+    def sources(self) -> tuple[str, ...]:
+        """Those of its part."""
+        return self.part.sources()
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a quantized weight: such as no number can be made with are refused, wherever they come from."""
+
+    part: Expression
+
+    def evaluate(self, load: Load) -> Tensor:
+        """The scales. Raises UsageError where one is zero, NaN or infinite; exponents (uint8) where one is NaN's."""
+        value = self.part.evaluate(load)
+        bad = value == 255 if value.dtype == torch.uint8 else (value == 0) | ~torch.isfinite(value.float())
+        if bad.any():
+            where = tuple(bad.nonzero()[0].tolist())
+            raise UsageError(
+                f"the scales of {', '.join(self.sources()) or 'a quantized weight'} hold {value[where].item()}",
+                f"{int(bad.sum())} of {bad.numel()} are zero, NaN or infinite, the first at {list(where)}",
+                "leave the weight out (quantization.ignore), or use sound weights",
+            )
+        return value
 
     def sources(self) -> tuple[str, ...]:
         """Those of its part."""

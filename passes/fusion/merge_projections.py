@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from torch import fx
 
@@ -20,6 +20,7 @@ from ..graph import (
     shape_of,
     source_of,
 )
+from ..quantize.select import Roles, group_of, is_router, roles_of
 from ..stages import Stage
 from ..weights import Concat
 
@@ -35,11 +36,15 @@ class MergeProjections:
     def run(self, traced: TracedGraph, ctx: Context) -> Outcome:
         """Group linear calls by input; every output of the stacked product is a slice of it."""
         outcome = Outcome()
-        groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        groups: dict[tuple[fx.Node, object], list[fx.Node]] = defaultdict(list)
+        roles = roles_of(traced)
         for node in traced.graph.nodes:
             if is_call(node, aten.linear.default) and is_weight(node.args[1]):
-                groups[operands(node)[0]].append(node)
-        for x, linears in groups.items():
+                groups[operands(node)[0], _form(node, roles, ctx)].append(node)
+        apart = Counter(x for x, _ in groups)
+        for (x, _), linears in groups.items():
+            if apart[x] > 1:
+                outcome.miss(linears[0].name, "others of its input are quantized otherwise")
             if len(linears) < 2:
                 continue
             if reason := _unfit(linears):
@@ -48,6 +53,13 @@ class MergeProjections:
             _merge(traced, x, linears)
             outcome.changed += len(linears)
         return outcome
+
+
+def _form(linear: fx.Node, roles: Roles, ctx: Context) -> object:
+    """What quantization will make of a layer's weight: only layers that agree in this can be stacked."""
+    if not ctx.quantization or is_router(linear):
+        return None
+    return group_of(roles[str(_weight(linear).target)][0], ctx.quantization)
 
 
 def _weight(linear: fx.Node) -> fx.Node:

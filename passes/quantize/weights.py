@@ -1,9 +1,8 @@
-"""Linear weights become quantized ones, by the recipe's groups; a tied embedding reads the LM head's rows."""
+"""Linear weights and embeddings become quantized ones, by the recipe's groups; a tied pair shares its rows."""
 
 from __future__ import annotations
 
-import fnmatch
-import re
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import fx
 
 from ...runtime.ops.quantized import PACKED
 from ...runtime.ops.schema import overload
-from ..base import Context, Outcome, QuantizationGroup
+from ..base import Context, Outcome
 from ..graph import (
     TracedGraph,
     add_weight,
@@ -20,33 +19,20 @@ from ..graph import (
     emit,
     is_call,
     is_weight,
+    op_name,
     operands,
     replace,
     shape_of,
     source_of,
 )
 from ..stages import Stage
-from ..weights import Concat, Expression, Quantized
+from ..weights import Concat, Expression, Quantized, Scales
 from .round_to_nearest import RoundToNearest
 from .schemes import SCHEMES
+from .select import Role, Roles, group_of, is_router, read_by, roles_of
 
-
-def selected(name: str, group: QuantizationGroup) -> bool:
-    """Whether a stored weight belongs to a group: `targets` and `ignore` in llm-compressor's words.
-
-    Args:
-        name: its name in the checkpoint. A pattern is "Linear" (all of them), a module's name or its last part or
-            several of its parts, a glob over the whole name, or "re:" and a regular expression.
-    """
-
-    def fits(pattern: str) -> bool:
-        if pattern == "Linear":
-            return True
-        if pattern.startswith("re:"):
-            return re.search(pattern[3:], name) is not None
-        return fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".") or f".{pattern}." in f".{name}."
-
-    return any(map(fits, group.targets)) and not any(map(fits, group.ignore))
+_QUANTIZED = (overload("linear_quantized"), overload("embedding_quantized"))
+_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,7 @@ class _Form:
 
 
 class QuantizeWeights:
-    """Linear weights, and an embedding that shares its weight with the LM head, become int8, int4 or fp8."""
+    """Weights of linear layers and embeddings become int8, int4 or fp8; a tied pair is one weight for both."""
 
     name = "quantize-weights"
     needs = Stage.CACHED
@@ -68,54 +54,97 @@ class QuantizeWeights:
     exact = False
 
     def run(self, traced: TracedGraph, ctx: Context) -> Outcome:
-        """Runs where the recipe has a scheme."""
+        """Runs where the recipe has a scheme.
+
+        Facts: `quantized`, elements by format; `indivisible`, what a group size does not divide.
+        """
         outcome = Outcome()
         if not ctx.quantization:
             return outcome
-        graph = traced.graph
-        tied: dict[str, _Form] = {}
-        for node in [n for n in graph.nodes if is_call(n, aten.linear.default)]:
-            x, weight, bias = (*operands(node), None)[:3]
-            form = _form(traced, weight, ctx)
-            if isinstance(form, str):
-                outcome.miss(node.name, form)
+        roles = roles_of(traced)
+        forms: dict[str, _Form | str] = {}
+        for node in list(traced.graph.nodes):
+            if not is_call(node, aten.linear.default, aten.embedding.default):
                 continue
-            with graph.inserting_before(node):
-                parts = _quantized(traced, weight, form)
-                new = emit(
-                    graph, overload("linear_quantized"), x, *parts, bias, form.format, list(form.group),
-                    form.activations, source=source_of(node),
-                )  # fmt: skip
-            replace(node, new)
-            tied[str(weight.target)] = form
+            weight, kind = read_by(node)
+            if weight is None:
+                if is_call(node, aten.linear.default):
+                    outcome.miss(node.name, "its weight is computed")
+                continue
+            attribute = str(weight.target)
+            if attribute not in forms:
+                forms[attribute] = _form(traced, weight, roles, ctx, outcome)
+            form = forms[attribute]
+            if isinstance(form, str):
+                if roles[attribute]:
+                    outcome.miss(node.name, form)
+                continue
+            (_replace_linear if kind == "Linear" else _replace_embedding)(traced, node, weight, form)
             outcome.changed += 1
-        for node in [n for n in graph.nodes if is_call(n, aten.embedding.default)]:
-            weight, ids = operands(node)[:2]
-            if str(weight.target) in tied:
-                _share(traced, node, weight, ids, tied[str(weight.target)])
-                outcome.changed += 1
+        _report_others(traced, roles, ctx, outcome)
+        elements = Counter[str]()
+        for attribute, form in forms.items():
+            if isinstance(form, _Form):
+                elements[form.format] += getattr(traced.gm, attribute).numel()
+        if elements:
+            outcome.facts["quantized"] = dict(elements)
         return outcome
 
 
-def _form(traced: TracedGraph, weight: fx.Node, ctx: Context) -> _Form | str:
-    """How a linear's weight is stored, or why it stays as it is."""
-    if not is_weight(weight):
-        return "its weight is computed"
-    names = traced.weights.entries[str(weight.target)].sources()
-    groups = [next((g for g in ctx.quantization if selected(name, g)), None) for name in names]
+def _form(traced: TracedGraph, weight: fx.Node, roles: Roles, ctx: Context, outcome: Outcome) -> _Form | str:
+    """How a weight is stored, or why it stays as it is."""
+    attribute = str(weight.target)
+    groups = [group_of(part, ctx.quantization) for part in roles[attribute]]
     group = next((g for g in groups if g is not None), None)
     if group is None:
         return "not among the targets"
-    odd = [name for name, other in zip(names, groups) if other != group]
+    readers = [n for n in traced.graph.nodes if (read := read_by(n)[0]) is not None and read.target == attribute]
+    if any(is_router(n) for n in readers):
+        return "a router: it chooses experts"
+    if all(is_call(n, aten.embedding.default) and not _reads_tokens(n) for n in readers):
+        return "a table over positions"
+    odd = [part[0].name for part, other in zip(roles[attribute], groups) if other != group]
     if odd:
-        return f"merged with {odd[0]}, which is quantized otherwise: skip merge-projections to quantize the rest"
-    columns = shape_of(weight)[1]
-    scheme = SCHEMES[group.scheme]
+        return f"merged with {odd[0]}, which is quantized otherwise"
+    columns, scheme = shape_of(weight)[1], SCHEMES[group.scheme]
     size = group.group_size if scheme.grouped else 0
     if (size and columns % size) or (scheme.format in PACKED and columns % 2):
-        return f"its {columns} columns are no multiple of a group of {size}"
+        found = {"weight": roles[attribute][0][0].name, "columns": columns, "group_size": size}
+        outcome.facts.setdefault("indivisible", []).append(found)  # type: ignore[attr-defined]
+        return f"its {columns} columns are no multiple of a group of {size or 2}"
     make = RoundToNearest(scheme.format, size, group.symmetric or not scheme.grouped)
     return _Form(scheme.format, (1, size or columns), scheme.activations, make)
+
+
+def _reads_tokens(embedding: fx.Node) -> bool:
+    """Whether the rows an embedding looks up are those of the graph's tokens, perhaps reshaped."""
+    ids = operands(embedding)[1]
+    while isinstance(ids, fx.Node) and is_call(ids, aten.reshape.default, aten.view.default):
+        ids = operands(ids)[0]
+    return isinstance(ids, fx.Node) and ids.op == "placeholder" and ids.target == "tokens"
+
+
+def _replace_linear(traced: TracedGraph, node: fx.Node, weight: fx.Node, form: _Form) -> None:
+    x, _, bias = (*operands(node), None)[:3]
+    with traced.graph.inserting_before(node):
+        parts = _quantized(traced, weight, form)
+        new = emit(
+            traced.graph, overload("linear_quantized"), x, *parts, bias, form.format, list(form.group),
+            form.activations, source=source_of(node),
+        )  # fmt: skip
+    replace(node, new)
+
+
+def _replace_embedding(traced: TracedGraph, node: fx.Node, weight: fx.Node, form: _Form) -> None:
+    graph, ids = traced.graph, operands(node)[1]
+    with graph.inserting_before(node):
+        parts = _quantized(traced, weight, form)
+        like = emit(graph, aten.empty.memory_format, [0], dtype=dtype_of(node), device=torch.device("meta"))
+        new = emit(
+            graph, overload("embedding_quantized"), ids, *parts, like, form.format, list(form.group),
+            source=source_of(node),
+        )  # fmt: skip
+    replace(node, new)
 
 
 def _quantized(traced: TracedGraph, weight: fx.Node, form: _Form) -> tuple[fx.Node, fx.Node, fx.Node | None]:
@@ -123,13 +152,13 @@ def _quantized(traced: TracedGraph, weight: fx.Node, form: _Form) -> tuple[fx.No
     entry = traced.weights.entries[str(weight.target)]
     n, k = shape_of(weight)
     blocks = (n, k // form.group[1])
-    packed = form.format in PACKED
-    dtypes = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 
     def part(output: str, suffix: str, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
-        return add_weight(traced, f"{weight.target}__{suffix}", _part(entry, form.make, output), shape, dtype)
+        made = _part(entry, form.make, output)
+        made = Scales(made) if output == "scale" else made
+        return add_weight(traced, f"{weight.target}__{suffix}", made, shape, dtype)
 
-    values = part("values", form.format, (n, k // 2 if packed else k), dtypes[form.format])
+    values = part("values", form.format, (n, k // 2 if form.format in PACKED else k), _DTYPES[form.format])
     scale = part("scale", "scale", blocks, torch.float16 if form.format == "int4" else torch.float32)
     zero = None if form.make.symmetric else part("zero", "zero", blocks, torch.uint8)
     return values, scale, zero
@@ -141,14 +170,14 @@ def _part(entry: Expression, make: RoundToNearest, output: str) -> Expression:
     return Quantized(entry, make, output)
 
 
-def _share(traced: TracedGraph, node: fx.Node, weight: fx.Node, ids: fx.Node, form: _Form) -> None:
-    """A tied embedding reads the LM head's quantized rows, so that the matrix is not kept twice."""
-    graph = traced.graph
-    with graph.inserting_before(node):
-        parts = _quantized(traced, weight, form)
-        like = emit(graph, aten.empty.memory_format, [0], dtype=dtype_of(node), device=torch.device("meta"))
-        new = emit(
-            graph, overload("embedding_quantized"), ids, *parts, like, form.format, list(form.group),
-            source=source_of(node),
-        )  # fmt: skip
-    replace(node, new)
+def _report_others(traced: TracedGraph, roles: Roles, ctx: Context, outcome: Outcome) -> None:
+    """Matrices that the recipe means, but that other ops read, are near misses: experts picked by index, say."""
+    for node in traced.graph.nodes:
+        if not is_weight(node) or str(node.target) in roles or len(shape_of(node)) < 2:
+            continue
+        reader = next(iter(node.users), None)
+        if reader is None or is_call(reader, *_QUANTIZED):
+            continue
+        names = traced.weights.entries[str(node.target)].sources()
+        if names and group_of([Role(names[0], "Linear")], ctx.quantization):
+            outcome.miss(str(node.target), f"read by {op_name(reader)}, which has no quantized form")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ingot.compiler.config_check import check_length, read_config
 from ingot.compiler.recipe import Recipe, load_recipe
 from ingot.compiler.recipe_parse import keys, type_name
 from ingot.compiler.recipe_sections import DEFAULT_PROMPTS
+from ingot.passes.quantize.schemes import SCHEMES
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = [path for path in sorted(RECIPES.glob("*.toml")) if path.name != "families.toml"]  # a list of test subjects
@@ -205,7 +207,19 @@ def test_a_file_is_no_model(minimal: Path) -> None:
         ("[shapes]\nkv_cache_tokens = 1000000000\n", "shapes.kv_cache_tokens"),
         ("[shapes]\ndecode_batch_sizes = [1024]\n[model]\nmax_length = 1000000\n", "shapes.kv_cache_tokens"),
         ("[quantization]\nscheme = 'w8a16'\n", 'did you mean "W8A16"'),
-        ("[quantization]\nignore = ['re:(']\n", "quantization"),
+        ("[quantization]\nscheme = 'w4a16'\n", 'did you mean "W4A16"'),
+        ("[quantization]\nscheme = 'int4'\n", "quantization.scheme"),
+        ("[quantization]\nignore = ['re:(']\n", "quantization.ignore"),
+        ("[quantization]\nscheme = 'W4A16'\ngroup_size = 48\n", "quantization.group_size"),
+        ("[quantization]\nscheme = 'W4A16'\ngroup_size = 256\n", "quantization.group_size"),
+        ("[quantization]\nscheme = 'W8A16'\nsymmetric = false\n", "quantization.symmetric"),
+        ("[quantization]\nscheme = 'W8A16'\n[[quantization.groups]]\nscheme = 'W4A16'\n", "quantization is refused"),
+        ("[quantization]\ngroups = 1\n", "list of tables"),
+        ("[quantization]\ngroups = ['W4A16']\n", "quantization.groups[0] must be a table"),
+        ("[[quantization.groups]]\nscheme = 'W4'\n", 'did you mean "W4A16"'),
+        ("[[quantization.groups]]\nscheme = 'W4A16'\ntarget = ['x']\n", "did you mean quantization.groups[0].targets"),
+        ("[[quantization.groups]]\n[[quantization.groups]]\ntargets = ['re:[']\n", "quantization.groups[1].targets"),
+        ("[[quantization.groups]]\n[[quantization.groups.groups]]\n", "unknown key"),
         ("[gate]\nprompts = []\n", "gate.prompts"),
         ("[gate]\nprompts = ['a', '']\n", "gate.prompts"),
         ("[gate]\nprompts = ['a', 3]\n", "gate.prompts[1]"),
@@ -328,6 +342,32 @@ def test_random_toml_raises_nothing_else(tmp_path: Path, data: dict[str, Any]) -
 @given(st.lists(st.tuples(st.sampled_from([*(key.path for key in keys(Recipe)), "seed", "x.y", ""]), st.text())))
 def test_random_overrides_raise_nothing_else(tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
     survives(write(tmp_path, 'name = "r"\n'), *(f"{key}={value}" for key, value in pairs))
+
+
+def test_groups_keep_their_order_and_none_keeps_a_weight(tmp_path: Path) -> None:
+    body = """
+name = "r"
+[[quantization.groups]]
+scheme = "W8A16"
+targets = ["lm_head"]
+[[quantization.groups]]
+targets = ["re:down"]
+[[quantization.groups]]
+scheme = "W4A16"
+symmetric = false
+"""
+    asked = load_recipe(write(tmp_path, body)).quantization
+    assert [g.scheme for g in asked.active] == ["W8A16", "none", "W4A16"]
+    assert asked.schemes == ("W8A16", "W4A16")
+    assert asked.active[2].group_size == 128 and not asked.active[2].symmetric
+    one = load_recipe(write(tmp_path, 'name = "r"\n'), ["scheme=W8A8"]).quantization
+    assert one.active == (one,) and one.schemes == ("W8A8",)
+    assert load_recipe(write(tmp_path, 'name = "r"\n[[quantization.groups]]\n')).quantization.active == ()
+
+
+def test_the_recipe_knows_every_scheme() -> None:
+    kind = next(key.type for key in keys(Recipe) if key.path == "quantization.scheme")
+    assert set(typing.get_args(kind)) == {"none", *SCHEMES}
 
 
 # --- the documentation -----------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+from ingot.passes.base import QuantizationGroup
 from ingot.passes.fusion.merge_projections import MergeProjections
 from ingot.passes.weights import Concat, Stored
 
-from .graphs import BF16, F32, Builder, apply, aten, lines, nearly_same, text, untouched
+from .graphs import BF16, DECODE, F32, Builder, apply, aten, lines, nearly_same, reasons, text, untouched
 
 
 def test_query_key_value() -> None:
@@ -101,3 +104,17 @@ def test_near_miss_two_dtypes() -> None:
     wide = torch.empty(4, 8, device="meta")
     w.meta["val"], traced.gm.w, traced.weights.entries["w"] = wide, wide, Stored("w", (4, 8), F32)
     assert untouched(MergeProjections(), traced) == ["the weights differ in dtype"]
+
+
+def test_only_layers_that_are_quantized_alike_are_stacked() -> None:
+    b = Builder()
+    x = b.input("x", 2, 8)
+    calls = [b.call(aten.linear.default, x, b.weight(n, 4, 8)) for n in ("q_proj", "k_proj", "v_proj", "router")]
+    before = b.done(*calls[:3], b.call(aten.topk.default, calls[3], 2))
+    eight, four = QuantizationGroup("W8A16", ("v_proj",)), QuantizationGroup("W4A16", ("Linear",), group_size=4)
+    after, outcome = apply(MergeProjections(), before, dataclasses.replace(DECODE, quantization=(eight, four)))
+    assert set(after.weights.entries) == {"q_proj__and__k_proj", "v_proj", "router"}
+    assert outcome.changed == 2
+    assert reasons(outcome) == ["others of its input are quantized otherwise"] * 3
+    after, outcome = apply(MergeProjections(), before)
+    assert (set(after.weights.entries), outcome.changed) == ({"q_proj__and__k_proj__and__v_proj__and__router"}, 4)

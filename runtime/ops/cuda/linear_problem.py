@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from .spec import Operands, TensorSpec
 
 ACTIVATIONS = ("", "silu", "relu", "gelu", "gelu_tanh")
+# (format, activations) of the quantized weights that there are kernels for.
+FORMATS: frozenset[tuple[str, str]] = frozenset()
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # With more rows of x, a norm in front is a kernel of its own.
 DECODE_ROWS = 64
@@ -52,8 +54,9 @@ def problem_of(operands: Operands) -> Problem:
     out = operands.outputs.get("out")
     if x is None or weight is None or out is None:
         raise ValueError("fused_linear needs x, weight and the output out")
-    if format := operands.values["format"]:
-        raise ValueError(f"fused_linear has no CUDA kernel for {format} weights yet")
+    form = (str(operands.values["format"]), str(operands.values["activations"]))
+    if form[0] and form not in FORMATS:
+        raise ValueError(f"fused_linear has no CUDA kernel for {form[0]} weights with {form[1] or 'plain'} activations")
     if len(weight.shape) != 2 or not x.shape or x.shape[-1] != weight.shape[1] or 0 in x.shape + weight.shape:
         raise ValueError(f"fused_linear: x {list(x.shape)} and weight {list(weight.shape)} do not multiply")
     if x.dtype not in ITEM_BYTES or weight.dtype != x.dtype:

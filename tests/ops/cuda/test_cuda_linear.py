@@ -29,6 +29,7 @@ PLAIN = {
     "gate_first": True,
     "wide": False,
     "format": "",
+    "activations": "",
 }
 HOPPER_SHARED_BYTES = 232_448
 # Llama-3.2-1B and Llama-3.1-8B: rows and columns of the weight, and what is fused.
