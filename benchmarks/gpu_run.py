@@ -16,6 +16,7 @@ from typing import Any
 from ..artifacts.errors import IngotError, ResourceError
 from ..artifacts.manifest import Manifest
 from ..compiler.recipe import Recipe
+from ..compiler.traffic import Facts, prefill_flops, step_bytes
 from ..runtime.weights import read_headers
 from . import gpt_fast_peer, ours, transformers_gpu_peer
 from .budget import OutOfTime
@@ -24,7 +25,6 @@ from .children import Worker
 from .results import OURS, Model
 from .run import SHORTEST_S, Options, Say, describe, peer_source, prompt_ids, sample, start_once
 from .subjects import Subject
-from .traffic import Facts, prefill_flops, step_bytes
 from .workload import Workload
 
 _LEAST_S = 10.0  # an answer that is under way may take so long past the end

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 from typing import Any
 
-from ..runtime import LLM, SamplingParams
+from ..runtime import LLM, SamplingParams, speed
 from .children import serve
 
 # A fresh interpreter running what a user's shortest program would be; digests are verified in full.
@@ -31,20 +30,9 @@ print(json.dumps({"first_token": now, "token": token, "peak": peak}))
 
 
 def decode(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
-    """Generate `tokens` tokens behind the first one, greedily and past any end of sequence; seconds for those.
-
-    Raises:
-        RuntimeError: fewer came, so that the seconds would mean something else.
-    """
-    count = request["tokens"] + 1
-    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
-    begin = time.perf_counter()
-    output = llm.generate(request["prompt"], params)[0]
-    seconds = time.perf_counter() - begin
-    tokens = output.outputs[0].token_ids
-    if len(tokens) != count or output.metrics.ttft_ms is None:
-        raise RuntimeError(f"{len(tokens)} tokens instead of {count}: {output.outputs[0].finish_reason}")
-    return {"seconds": seconds - output.metrics.ttft_ms / 1000, "token_ids": tokens}
+    """Seconds of `tokens` tokens behind the first one, which is not counted: see `speed.decode`."""
+    seconds, tokens = speed.decode(llm, request["prompt"], request["tokens"])
+    return {"seconds": seconds, "token_ids": tokens}
 
 
 def batch(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
@@ -70,10 +58,8 @@ def batch(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
 
 def prefill(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
     """Seconds from a prompt to its first token."""
-    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
-    begin = time.perf_counter()
-    tokens = llm.generate(request["prompt"], params)[0].outputs[0].token_ids
-    return {"seconds": time.perf_counter() - begin, "token_ids": tokens}
+    seconds, tokens = speed.prefill(llm, request["prompt"])
+    return {"seconds": seconds, "token_ids": tokens}
 
 
 def main(artifact: str) -> None:

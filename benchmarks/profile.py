@@ -25,10 +25,10 @@ from ..runtime.engines.base import Engine
 from ..runtime.engines.cuda import Driver
 from ..runtime.engines.plan import PlanGroup
 from ..runtime.loader import open_verified
+from ..runtime.weights import ITEM_BYTES
 from .gpu_ceilings import gpu_ceilings
 from .step_timer import MOST_STEPS, Recorder, StepTimer
 from .table import markdown
-from .traffic import ITEM_BYTES
 
 
 @dataclass

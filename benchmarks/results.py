@@ -18,6 +18,7 @@ from typing import Annotated
 from ..artifacts import strict
 from ..artifacts.errors import UsageError, VerificationError
 from ..artifacts.strict import OneOf, Range
+from ..compiler.traffic import Traffic
 
 SCHEMA_VERSION = 2
 OURS = "ingot"
@@ -85,20 +86,6 @@ class Ratio:
     peer_test: str
     samples: list[float]
     median: float
-
-
-@dataclass
-class Traffic:
-    """Bytes a decode step of one row must read: weights in full, rows of tables, the KV cache (mean over the run)."""
-
-    weights: int = 0
-    rows: int = 0
-    cache: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.rows + self.cache
 
 
 @dataclass

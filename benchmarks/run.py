@@ -17,6 +17,7 @@ from typing import Any
 from ..artifacts.errors import IngotError, ResourceError
 from ..artifacts.manifest import Manifest
 from ..compiler.recipe import Recipe
+from ..compiler.traffic import step_bytes
 from ..runtime.weights import map_weights
 from . import ours, transformers_peer
 from .budget import Budget
@@ -24,7 +25,6 @@ from .builds import checkpoint_bytes, ensure_artifact, newer_sources, open_recip
 from .children import Worker, run, tail
 from .results import OURS, Model
 from .subjects import Subject
-from .traffic import step_bytes
 
 Say = Callable[[str], None]
 PARTS = ("speed", "start", "peers")

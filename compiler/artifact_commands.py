@@ -1,4 +1,4 @@
-"""`ingot run`, `inspect` and `verify`: what needs a finished artifact and nothing of the compiler.
+"""`ingot run`, `inspect`, `verify` and `compare`: what needs a finished artifact and nothing of the compiler.
 
 None of them may import transformers, and inspect and verify no torch either; a test holds them to it.
 """
@@ -17,7 +17,7 @@ from ..artifacts.manifest import Manifest
 from ..artifacts.store import check, open_artifact
 from . import accuracy_facts
 from .accuracy_facts import numbers
-from .console import print_table, printable, size_text
+from .console import open_progress, print_table, printable, size_text
 
 _MAX_STDIN_BYTES = 16 << 20
 
@@ -94,6 +94,30 @@ def verify(args: argparse.Namespace) -> int:
         total = size_text(sum(entry.size for entry in manifest.files))
         print(f"{args.artifact}: ok, {len(manifest.files)} files, {total}, fits this machine")
     return VerificationError.exit_code if findings else 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Put artifacts of one model side by side; their speed is measured now."""
+    from . import compare as comparing
+
+    for name in ("rounds", "prompt", "tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value} is refused", "it is less than 1", "pass --no-speed to measure nothing")
+    rounds = 0 if args.no_speed else args.rounds
+    with open_progress(args.json or not rounds) as progress, progress.stage("speed", rounds * len(args.artifacts)):
+        result = comparing.compare(
+            args.artifacts, rounds=rounds, prompt=args.prompt, tokens=args.tokens, other_weights=args.other_weights,
+            say=lambda text: progress.update(text, 1),
+        )  # fmt: skip
+    if args.json:
+        print(json.dumps(result.to_dict(), allow_nan=False))
+        return 0
+    columns, rows = comparing.table(result)
+    print_table(result.model, columns, rows)
+    for note in comparing.notes(result):
+        print(printable(note))
+    return 0
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:

@@ -93,13 +93,14 @@ def _internal(error: Exception, debug: bool) -> int:
 
 
 def _call(args: argparse.Namespace) -> int:
-    if args.command in ("run", "inspect", "verify"):
+    if args.command in ("run", "inspect", "verify", "compare"):
         from . import artifact_commands
 
         return {
             "run": artifact_commands.run,
             "inspect": artifact_commands.inspect,
             "verify": artifact_commands.verify,
+            "compare": artifact_commands.compare,
         }[args.command](args)
     from . import build_commands
 
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     _run_options(command("run", "generate text from an artifact"))
     for name, summary in (("inspect", "say what an artifact is"), ("verify", "check an artifact against its manifest")):
         command(name, summary).add_argument("artifact", type=Path, metavar="ARTIFACT")
+    _compare_options(command("compare", "put artifacts of one model side by side: size, speed, accuracy"))
     takes_recipe(command("passes", "show the pass pipeline in order"), nargs="?")
     bisect = command("bisect", "find the pass that breaks the numbers")
     takes_recipe(bisect)
@@ -150,6 +152,17 @@ def _parser() -> argparse.ArgumentParser:
     families.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what the engines are compiled for")
     families.add_argument("--eager", action="store_true", help="run the graphs without compiling them: faster")
     return parser
+
+
+def _compare_options(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="two or more, of one model")
+    compare.add_argument("--no-speed", action="store_true", help="measure nothing; show what the builds recorded")
+    compare.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is measured (default 5)")
+    compare.add_argument("--prompt", type=int, metavar="N", help="tokens of the prompt to measure (default: up to 512)")
+    compare.add_argument("--tokens", type=int, metavar="N", help="tokens to decode (default: up to 64)")
+    compare.add_argument(
+        "--other-weights", action="store_true", help="compare artifacts of different checkpoints of one architecture"
+    )
 
 
 def _run_options(run: argparse.ArgumentParser) -> None:

@@ -6,11 +6,7 @@ transformers on them. What is recorded is what a user gets, not what the compile
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,15 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from ..artifacts import errors
-from ..artifacts.errors import ResourceError
 from ..artifacts.manifest import Manifest
+from .lean_child import run_child
 from .metrics import Distance, Fidelity, compare
 from .plan import Plan
 from .recipe import Recipe
 from .reference_model import ReferenceModel
 
-_TIMEOUT_S = 3600
 _LONGEST_WINDOW = 1024
 
 
@@ -161,34 +155,6 @@ def replay_in_child(
             arrays = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
             found.append([(int(file.name.split(".")[1]), array) for file, array in zip(files, arrays)])
         return found
-
-
-def run_child(module: str, *args: str) -> str:
-    """Run a module of the runtime in a process of its own; returns what it printed.
-
-    Raises:
-        ResourceError: it crashed (names the signal), failed, or took too long.
-    """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", module, *args], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ResourceError(
-            "the finished engines hang", f"no answer in {_TIMEOUT_S} s", "report this with the recipe"
-        ) from error
-    if done.returncode:
-        told = done.stdout.strip().splitlines()[-1:]
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            said = json.loads(told[0] if told else "")
-            raise getattr(errors, said["kind"])(said["what"], said["why"], said["fix"])
-        how = f"killed by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else f"exit {done.returncode}"
-        raise ResourceError(
-            "the finished engines do not run in a lean process",
-            "\n".join([how, *done.stderr.strip().splitlines()[-30:]]),
-            "check the free memory; if there is enough, report this with the recipe",
-        )
-    return done.stdout
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..artifacts.errors import UsageError
 from ..artifacts.manifest import Manifest
-from .gate import run_child
+from .lean_child import ask_child
 from .plan import Plan
 from .reference_model import ReferenceModel
 from .task_file import read_task
@@ -36,12 +36,9 @@ def run_task(plan: Plan, root: Path, manifest: Manifest, load: Load | None = Non
         raise UsageError("the recipe has no task", "gate.task is not set", "")
     items = read_task(path, recipe.gate.task_examples)
     with tempfile.TemporaryDirectory(prefix="ingot-task-") as scratch:
-        folder = Path(scratch)
-        (folder / "manifest.json").write_text(manifest.to_json())
-        request = {"root": str(root), "manifest": str(folder / "manifest.json"), "items": items}
-        (folder / "request.json").write_text(json.dumps(request))
-        run_child("ingot.runtime.answer", str(folder / "request.json"), str(folder / "result.json"))
-        answers = json.loads((folder / "result.json").read_text())
+        drafted = Path(scratch) / "manifest.json"
+        drafted.write_text(manifest.to_json())
+        answers = ask_child("ingot.runtime.answer", {"root": str(root), "manifest": str(drafted), "items": items})
     wrong = [
         {"question": item["messages"][-1].get("content", ""), "answer": item["answer"], "given": given["text"]}
         for item, given in zip(items, answers, strict=True)

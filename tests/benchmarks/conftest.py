@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from ingot.benchmarks.results import Build, Goal, Machine, Model, Pass, Report, Traffic
+from ingot.benchmarks.results import Build, Goal, Machine, Model, Pass, Report
+from ingot.compiler.traffic import Traffic
 
 
 @pytest.fixture

@@ -10,18 +10,29 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ..artifacts.errors import VerificationError
 from ..artifacts.manifest import EngineEntry, KVCache, Manifest
-from .results import Traffic
+from ..runtime.weights import ITEM_BYTES
 
-ITEM_BYTES = {
-    "float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1, "bool": 1,
-    "float8_e4m3fn": 1,
-}  # fmt: skip
 Facts = tuple[tuple[int, ...], str]  # a tensor's shape and dtype
 # Tables looked up by token or position; GPT-NeoX calls its LM head embed_out.
 _TABLE = re.compile(r"embed(?!_out)|wte|wpe|^positions_")
+
+
+@dataclass
+class Traffic:
+    """Bytes a decode step of one row must read: weights in full, rows of tables, the KV cache (mean over the run)."""
+
+    weights: int = 0
+    rows: int = 0
+    cache: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.rows + self.cache
 
 
 def tensor_bytes(facts: Facts) -> int:

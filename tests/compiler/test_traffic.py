@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ingot.artifacts.errors import VerificationError
 from ingot.artifacts.manifest import CacheLayer, KVCache
-from ingot.benchmarks.traffic import Facts, cache_bytes, decode_engine, looked_up, prefill_flops, step_bytes
+from ingot.compiler.traffic import Facts, cache_bytes, decode_engine, looked_up, prefill_flops, step_bytes
 
-from .hand_made import HIDDEN, VOCABULARY, manifest
+from ..benchmarks.hand_made import HIDDEN, VOCABULARY, manifest
 
 TABLE = (VOCABULARY, HIDDEN)
 FULL, WINDOWED = CacheLayer((2, 8), (2, 4), 0), CacheLayer((2, 8), (2, 4), 10)
