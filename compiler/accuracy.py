@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..artifacts.manifest import Manifest
+from ..passes.quantize.schemes import SCHEMES
 from .gate import Budget, GateTokens, budget_for, replay_in_child
 from .metrics import Fidelity, FidelityMeter
 from .plan import Plan
@@ -63,8 +64,17 @@ def is_lossy(plan: Plan) -> bool:
 
 
 def scheme(recipe: Recipe) -> str:
-    """What the numbers are kept in, in words: the quantization scheme, or the dtype."""
-    return recipe.quantization.scheme if recipe.quantization.scheme != "none" else recipe.model.dtype
+    """What the numbers are kept in, in words: the dtype, or the groups, as in "W4A16 g32 rtn + W8A16"."""
+    words = []
+    for group in recipe.quantization.active:
+        if group.scheme == "none":
+            continue
+        parts: list[str] = [group.scheme]
+        if SCHEMES[group.scheme].grouped:
+            parts += [f"g{group.group_size}" if group.group_size else "per channel", group.algorithm]
+            parts += [] if group.symmetric else ["asymmetric"]
+        words.append(" ".join(parts))
+    return " + ".join(dict.fromkeys(words)) or recipe.model.dtype
 
 
 def cut(source: str, ids: Sequence[int], lead: Sequence[int], positions: int, max_length: int) -> Windows:

@@ -63,6 +63,29 @@ def test_a_text_is_read_with_the_tokenizers_own_beginning(demo: Demo, planned: t
     assert without.digest == accuracy.accuracy_windows(planned[0], None).digest != windows.digest
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], "float32"),
+        (["model.dtype=bfloat16"], "bfloat16"),
+        (["quantization.scheme=W8A16"], "W8A16"),
+        (["quantization.scheme=W4A16", "quantization.group_size=32", "quantization.symmetric=false"],
+         "W4A16 g32 rtn asymmetric"),
+        (["quantization.scheme=W4A16", "quantization.group_size=0"], "W4A16 per channel rtn"),
+    ],
+)  # fmt: skip
+def test_a_scheme_has_a_name(demo: Demo, settings: list[str], said: str) -> None:
+    assert accuracy.scheme(load_recipe(demo.recipe, settings)) == said
+
+
+def test_groups_are_named_in_order(demo: Demo, tmp_path: Path) -> None:
+    groups = '[[quantization.groups]]\nscheme = "W4A16"\ngroup_size = 64\ntargets = ["re:.*mlp.*"]\n'
+    groups += '[[quantization.groups]]\nscheme = "none"\ntargets = ["lm_head"]\n'
+    groups += '[[quantization.groups]]\nscheme = "W8A16"\n'
+    (tmp_path / "recipe.toml").write_text(demo.recipe.read_text() + groups)
+    assert accuracy.scheme(load_recipe(tmp_path / "recipe.toml")) == "W4A16 g64 rtn + W8A16"
+
+
 def test_the_bundled_text_is_long_enough_for_a_large_vocabulary() -> None:
     words = accuracy.DEFAULT_TEXT.read_text("utf-8")
     # Tokenizers of 128,000 words take some four characters of English a token.
