@@ -15,7 +15,7 @@ from .errors import VerificationError
 from .manifest import RelativePath, Size, Text
 from .strict import AtMost, Matches, OneOf, Range
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 SPACES = ("arena", "weight", "input", "output", "cache", "scalar", "null")
 SCALARS = ("", "int32", "int64", "float32", "float64")
 # Every buffer of the arena, and every pointer the compiler promises is aligned, starts at a multiple of this.
@@ -27,13 +27,18 @@ _Index = Annotated[int, Range(0, 1 << 20)]
 
 @dataclasses.dataclass(frozen=True)
 class PlanKernel:
-    """A compiled kernel: `symbol` in the cubin `file` (a path in the artifact), its block size and shared memory."""
+    """A compiled kernel: `symbol` in the cubin `file` (a path in the artifact), its block size and shared memory.
+
+    `carveout`: percent of a multiprocessor's shared memory and L1 cache that it prefers as shared memory; 0 is the
+    least that holds a block, -1 the driver's choice.
+    """
 
     name: Text
     file: RelativePath
     symbol: Annotated[str, Matches(r"[A-Za-z_][A-Za-z0-9_]*", "a C identifier", 512)]
     threads: Annotated[int, Range(1, 1024)]
     shared_bytes: Annotated[int, Range(0, 232_448)]
+    carveout: Annotated[int, Range(-1, 100)]
 
 
 @dataclasses.dataclass(frozen=True)

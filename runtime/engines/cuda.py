@@ -172,13 +172,15 @@ class Driver:
         """Give a module back; none of its functions may be used any more."""
         self._call("unload a cubin", self._api.cuModuleUnload(module))
 
-    def function(self, module: Any, symbol: str, shared_bytes: int) -> Any:
-        """A kernel of a module, allowed to use so much dynamic shared memory."""
+    def function(self, module: Any, symbol: str, shared_bytes: int, carveout: int = -1) -> Any:
+        """A kernel of a module, allowed to use so much dynamic shared memory; carveout: see `PlanKernel`."""
         (function,) = self._call(f"find kernel {symbol}", self._api.cuModuleGetFunction(module, symbol.encode()))
         if shared_bytes > _SHARED_BYTES:
             limit = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             answer = self._api.cuFuncSetAttribute(function, limit, shared_bytes)
             self._call(f"give kernel {symbol} {shared_bytes:,} bytes of shared memory", answer)
+        preference = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        self._call(f"set up kernel {symbol}", self._api.cuFuncSetAttribute(function, preference, carveout))
         # Else it is loaded with its first launch, which is not possible while a graph is recorded.
         self._call(f"load kernel {symbol}", self._api.cuFuncLoad(function))
         return function

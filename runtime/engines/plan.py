@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ...artifacts.errors import ResourceError, UsageError, VerificationError
-from ...artifacts.kernel_plan import KernelPlan
+from ...artifacts.kernel_plan import KernelPlan, PlanKernel
 from ...artifacts.manifest import EngineEntry
 from ...artifacts.store import OpenArtifact
 from ..phases import Phases
@@ -182,18 +182,19 @@ class PlanGroup:
 
     def _make_engine(self, name: str, plan: KernelPlan, addresses: Mapping[tuple[str, str], int]) -> PlanEngine:
         entry = next(entry for entry in self._artifact.manifest.engines if entry.name == name)
-        functions = [self._function(entry, kernel.file, kernel.symbol, kernel.shared_bytes) for kernel in plan.kernels]
+        functions = [self._function(entry, kernel) for kernel in plan.kernels]
         inputs, outputs = self._blocks[name]
         return PlanEngine(self._driver, self._stream, entry, plan, functions, inputs, outputs, addresses)
 
-    def _function(self, entry: EngineEntry, file: str, symbol: str, shared_bytes: int) -> Any:
+    def _function(self, entry: EngineEntry, kernel: PlanKernel) -> Any:
         try:
-            return self._driver.function(self._module(file), symbol, shared_bytes)
+            module = self._module(kernel.file)
+            return self._driver.function(module, kernel.symbol, kernel.shared_bytes, kernel.carveout)
         except CudaError as error:
             if error.code == OUT_OF_MEMORY:
                 raise
             fix = "build the artifact again for this GPU, or update the NVIDIA driver"
-            what = f"kernel {symbol} of engine {entry.name} cannot be loaded from {file}"
+            what = f"kernel {kernel.symbol} of engine {entry.name} cannot be loaded from {kernel.file}"
             raise VerificationError(what, f"{error.what}: {error.why}", fix) from error
 
     def _module(self, file: str) -> Any:

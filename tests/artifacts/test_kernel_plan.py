@@ -33,8 +33,8 @@ PLAN = KernelPlan(
     4096,
     (ZeroRegion(0, 256),),
     (
-        PlanKernel("gemv-0123456789ab", "engines/kernels/gemv-0123456789ab.cubin", "gemv", 128, 1024),
-        PlanKernel("sample-ba9876543210", "engines/kernels/sample-ba9876543210.cubin", "sample_kernel", 512, 0),
+        PlanKernel("gemv-0123456789ab", "engines/kernels/gemv-0123456789ab.cubin", "gemv", 128, 1024, -1),
+        PlanKernel("sample-ba9876543210", "engines/kernels/sample-ba9876543210.cubin", "sample_kernel", 512, 0, 0),
     ),
     (
         PlanLaunch(
@@ -138,6 +138,8 @@ ARGUMENT = "launches.0.arguments.0"
         ("kernels.0.threads", 1025, "kernels[0].threads"),
         ("kernels.0.shared_bytes", 232_449, "kernels[0].shared_bytes"),
         ("kernels.0.shared_bytes", True, "kernels[0].shared_bytes"),
+        ("kernels.0.carveout", -2, "kernels[0].carveout"),
+        ("kernels.0.carveout", 101, "kernels[0].carveout"),
         ("launches.1.kernel", 2, "launches[1].kernel"),
         ("launches.1.kernel", -1, "launches[1].kernel"),
         ("launches.0.grid", [1, 1], "launches[0].grid"),

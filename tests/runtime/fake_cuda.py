@@ -195,7 +195,9 @@ class FakeDriver:
             raise CudaError("load a cubin", "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available")
         return self._made(found["kernels"])
 
-    def function(self, module: dict[str, Any], symbol: str, shared_bytes: int) -> tuple[str, list[int]]:
+    def function(
+        self, module: dict[str, Any], symbol: str, shared_bytes: int, carveout: int = -1
+    ) -> tuple[str, list[int]]:
         self._enter("function")
         if symbol not in module:
             raise CudaError(f"find kernel {symbol}", "CUDA_ERROR_NOT_FOUND", "named symbol not found")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from ingot.artifacts.kernel_plan import KernelPlan, PlanArgument, PlanKernel, PlanLaunch, ZeroRegion
+from ingot.artifacts.kernel_plan import PLAN_VERSION, KernelPlan, PlanArgument, PlanKernel, PlanLaunch, ZeroRegion
 from ingot.artifacts.manifest import Buffer, Constant, EngineEntry, Manifest
 from ingot.artifacts.store import ArtifactWriter
 from ingot.runtime.engines.buffers import expected_buffers
@@ -104,12 +104,12 @@ SIZES = {
 
 def make_plan(entry: EngineEntry, manifest: Manifest) -> KernelPlan:
     calls = arguments(entry, manifest)
-    kernels = tuple(PlanKernel(name, CUBIN, name, 128, 0) for name in calls)
+    kernels = tuple(PlanKernel(name, CUBIN, name, 128, 0, -1) for name in calls)
     launches = tuple(
         PlanLaunch(index, (1, 1, 1), tuple(given), index > 0, name, 0)
         for index, (name, given) in enumerate(calls.items())
     )
-    return KernelPlan(1, "sm_90", ARENA, (ZeroRegion(0, ZEROED),), kernels, launches)
+    return KernelPlan(PLAN_VERSION, "sm_90", ARENA, (ZeroRegion(0, ZEROED),), kernels, launches)
 
 
 def scatter(

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from ingot.artifacts.cuda_probe import probe_cuda
 from ingot.artifacts.errors import ResourceError, VerificationError
-from ingot.artifacts.kernel_plan import KernelPlan, PlanKernel, PlanLaunch, ZeroRegion
+from ingot.artifacts.kernel_plan import PLAN_VERSION, KernelPlan, PlanKernel, PlanLaunch, ZeroRegion
 from ingot.artifacts.manifest import EngineEntry, Manifest
 from ingot.artifacts.store import OpenArtifact
 from ingot.runtime.core import Core
@@ -97,6 +97,7 @@ class Compiled:
     cubin: bytes
     threads: int
     shared_bytes: int
+    carveout: int = -1
 
 
 @functools.cache
@@ -140,7 +141,9 @@ def chain_plan(entry: EngineEntry, shared_bytes: int = 0) -> KernelPlan:
     given = [of["tokens"], of["positions"], of.get("last_index", nothing), pointer("weight", "bias", 4 * VOCAB)]
     arguments = [[*given, pointer("arena", "", 4), *results], [of["next_tokens"], of["tokens"], of["positions"]]]
     kernels = tuple(
-        PlanKernel(name, f"engines/kernels/{name}.cubin", k.symbol, k.threads, k.shared_bytes + shared_bytes)
+        PlanKernel(
+            name, f"engines/kernels/{name}.cubin", k.symbol, k.threads, k.shared_bytes + shared_bytes, k.carveout
+        )
         for name, k in kernels_of(entry).items()
     )
     launches = tuple(
@@ -148,7 +151,7 @@ def chain_plan(entry: EngineEntry, shared_bytes: int = 0) -> KernelPlan:
         PlanLaunch(i, (entry.batch if i == 0 else 1, 1, 1), (*arguments[i], nothing, nothing), i > 0, "", 0)
         for i in range(len(kernels))
     )
-    return KernelPlan(1, ARCH, ARENA, (ZeroRegion(0, 256),), kernels, launches)
+    return KernelPlan(PLAN_VERSION, ARCH, ARENA, (ZeroRegion(0, 256),), kernels, launches)
 
 
 def chain_manifest() -> Manifest:

@@ -158,7 +158,11 @@ def _emit(engine: Lowered, arena_bytes: int, arch: str) -> EngineFiles:
         kernel = launch.kernel
         if kernel.name not in kernels:
             kernels[kernel.name] = len(listed)
-            listed.append(PlanKernel(kernel.name, _path(kernel), kernel.symbol, kernel.threads, kernel.shared_bytes))
+            listed.append(
+                PlanKernel(
+                    kernel.name, _path(kernel), kernel.symbol, kernel.threads, kernel.shared_bytes, kernel.carveout
+                )
+            )
         for argument in launch.arguments:
             if isinstance(argument, Region):
                 buffer = argument.buffer

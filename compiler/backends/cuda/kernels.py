@@ -24,6 +24,7 @@ class Compiled:
 
     Attributes:
         name: of its function, with a digest of the cubin; symbol: its entry in the cubin.
+        carveout: see `KernelCall`.
         hidden: pointers behind its own parameters, which Triton adds and which are null.
     """
 
@@ -32,6 +33,7 @@ class Compiled:
     cubin: bytes
     threads: int
     shared_bytes: int
+    carveout: int
     hidden: int
 
 
@@ -72,6 +74,7 @@ class KernelStore:
         key = (
             id(function), tuple(sorted(types.items())), tuple(sorted(fine.items())),
             tuple(sorted((k, str(v)) for k, v in call.constants.items())), call.num_warps, call.num_stages,
+            call.carveout,
         )  # fmt: skip
         if key not in self._known:
             self._known[key] = self._compile(call, types, fine)
@@ -97,7 +100,7 @@ class KernelStore:
                 f"{type(error).__name__}: {reason[:500]}",
                 "check the versions of triton and torch; --debug shows the compiler's output",
             ) from error
-        return self._keep(call.function.__name__, compiled, len(call.pointers))
+        return self._keep(call.function.__name__, compiled, len(call.pointers), call.carveout)
 
     def add_inductor(self, tuner: Any) -> Compiled:
         """A kernel that Inductor has compiled already."""
@@ -110,14 +113,14 @@ class KernelStore:
             self._known[key] = self._keep(tuner.fn.__name__, result.kernel, count)
         return self._known[key]
 
-    def _keep(self, name: str, compiled: Any, parameters: int) -> Compiled:
+    def _keep(self, name: str, compiled: Any, parameters: int, carveout: int = -1) -> Compiled:
         cubin: bytes = compiled.asm["cubin"]
         metadata = compiled.metadata
         entry = _ENTRY.search(compiled.asm["ptx"])
         declared = entry.group(1).count(".param") if entry else parameters
         found = Compiled(
             f"{name}-{hashlib.sha256(cubin).hexdigest()[:12]}", metadata.name, cubin, metadata.num_warps * 32,
-            metadata.shared, declared - parameters,
+            metadata.shared, carveout, declared - parameters,
         )  # fmt: skip
         self.kernels.setdefault(found.name, found)
         return self.kernels[found.name]

@@ -89,11 +89,14 @@ class Stopwatch:
         kernel = store.add(call, [t.dtype for t in tensors], [t.data_ptr() % 16 == 0 for t in tensors])
         if kernel.name not in functions:
             module = self._driver.load_module(kernel.cubin)
-            functions[kernel.name] = (module, self._driver.function(module, kernel.symbol, kernel.shared_bytes))
+            functions[kernel.name] = (module, self._function(module, kernel))
         order = [n for n in call.function.arg_names if n in call.pointers]
         addresses = [bound[call.pointers[name]].data_ptr() for name in order] + [0] * kernel.hidden
         arguments = [ctypes.c_void_p(address) for address in addresses]
         return functions[kernel.name][1], call.grid, kernel, arguments, call.dependent
+
+    def _function(self, module: Any, kernel: Compiled) -> Any:
+        return self._driver.function(module, kernel.symbol, kernel.shared_bytes, kernel.carveout)
 
     def _replay(self, graph: Any) -> float:
         """Milliseconds of the graph, the best of a few: what disturbs a run only makes it slower."""

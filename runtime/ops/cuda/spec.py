@@ -81,6 +81,9 @@ class KernelCall:
         constants: kernel parameter -> value of every `tl.constexpr`.
         dependent: launched as a programmatic dependent; the kernel calls `gdc_wait` before it touches anything that
             an earlier launch may write or read. Weights, which nothing writes, may be read before.
+        carveout: shared memory that a multiprocessor sets aside for it, in percent; 0: the least that holds one
+            program; -1: the driver's choice, what lets the most programs in. A multiprocessor changes its share only
+            while it is idle: between kernels that differ much in it nothing overlaps.
         read_bytes: bytes that must be read from device memory for it (weights, keys and values), for the profile.
     """
 
@@ -91,6 +94,7 @@ class KernelCall:
     num_warps: int = 4
     num_stages: int = 3
     dependent: bool = False
+    carveout: int = -1
     read_bytes: int = 0
     label: str = ""
 
