@@ -44,7 +44,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Sequence
         monkeypatch.setattr(tune, "measure", lambda *arguments: list(times))
         store: Any = None
         tuner = tune.Tuner(store, tmp_path / "deep" / "tuning.json")
-        tuner.prepare([Call("op", PROVIDER, OPERANDS)])
+        tuner.prepare([[Call("op", PROVIDER, OPERANDS)]])
         tuner.save()
         return tune.Tuner(store, tmp_path / "deep" / "tuning.json")
 
@@ -84,3 +84,48 @@ def test_a_choice_that_is_no_candidate_is_not_believed(
     path = tmp_path / "deep" / "tuning.json"
     path.write_text(json.dumps({key: entry for key in json.loads(path.read_text())}))
     assert tuned([3.0, 2.0, 1.0])("op", PROVIDER, OPERANDS) == {"block": 4}
+
+
+class _Company:
+    """A stopwatch for which the last of two launches is slow beside a first one of more than block 1."""
+
+    def __init__(self, calls: Sequence[Operands], context: int) -> None:
+        self._count = len(calls)
+
+    def __enter__(self) -> _Company:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def time(self, store: object, lowerings: Sequence[Config]) -> float:
+        first, *others = (int(config["block"]) for config in lowerings)
+        return first + sum(10 / block + 100 * (first == 1) for block in others)
+
+
+def test_a_layer_chooses_by_its_time_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ingot.compiler.backends.cuda import tune
+    from ingot.compiler.backends.cuda.lower import Call
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(tune, "compile_ahead", lambda store, calls: None)
+    # Alone the first configuration is the fastest of each.
+    monkeypatch.setattr(tune, "measure", lambda *arguments: [1.0, 2.0, 3.0])
+    monkeypatch.setattr(tune, "Stopwatch", _Company)
+    monkeypatch.setattr(_Provider, "lower", lambda self, operands, config: config, raising=False)
+    store: Any = None
+    tuner = tune.Tuner(store)
+    attention, product = (Call(op, PROVIDER, OPERANDS) for op in ("ingot.attention_step", "ingot.fused_linear"))
+    tuner.prepare([[product, attention, product, attention, product], [product]])
+    assert tuner(attention.op, PROVIDER, OPERANDS) == {"block": 2}
+    assert tuner(product.op, PROVIDER, OPERANDS) == {"block": 4}
+
+
+def test_a_layer_goes_from_attention_to_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ingot.compiler.backends.cuda.lower import Call
+    from ingot.compiler.backends.cuda.tune import layers
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    a, b, c = (Call(op, PROVIDER, OPERANDS) for op in ("ingot.attention_step", "ingot.b", "ingot.c"))
+    assert layers([b, a, b, a, b, a, c, a, b]) == [[a, b], [a, c]]
+    assert layers([b, c]) == layers([b, a, c]) == []

@@ -66,12 +66,12 @@ def compile_engines(
     choose: Choose = first_candidate,
     store: KernelStore | None = None,
     progress: Callable[[str], None] = lambda name: None,
-    prepare: Callable[[list[Call]], None] | None = None,
+    prepare: Callable[[list[list[Call]]], None] | None = None,
 ) -> dict[str, EngineFiles]:
     """Compile planned graphs into `root`/engines: NAME.plan.json each, and the cubins they share.
 
     Args:
-        choose: the configuration of one call; prepare: told of all calls of all engines before the first is asked for.
+        choose: the configuration of one call; prepare: told of the calls of each engine before the first is asked for.
 
     Raises:
         UnsupportedModelError: a graph calls an op without a CUDA kernel. ResourceError: the compiler failed.
@@ -81,10 +81,10 @@ def compile_engines(
     with without_line_info():
         lowerers = {name: _prepare(name, traced, store, choose) for name, traced in graphs.items()}
         if prepare is not None:
-            calls: list[Call] = []
+            calls: list[list[Call]] = []
             for name, make in lowerers.items():
                 with _named(f"engine {name}"):
-                    calls += make().survey()
+                    calls.append(make().survey())
             with _named("a kernel that was to be measured"):
                 prepare(calls)
         for name, make in lowerers.items():

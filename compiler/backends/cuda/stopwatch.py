@@ -1,8 +1,9 @@
-"""Times one call of an op on the GPU, as an engine would run it."""
+"""Times calls of ops on the GPU, one by itself or several in each other's company, as an engine would run them."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,20 +21,21 @@ _COLD = ("weight", "k_cache", "v_cache")
 
 
 class Stopwatch:
-    """Tensors in the layout of one call's operands, made once and used for all of its configurations.
+    """Tensors in the layout of the operands of calls that follow each other, used for all of their configurations.
 
     Args:
         context: tokens in the cache of every row, for attention.
     """
 
-    def __init__(self, operands: Operands, context: int) -> None:
+    def __init__(self, calls: Sequence[Operands], context: int) -> None:
         self._driver = Driver()
         self._stream = self._driver.stream()
-        first = _tensors(operands, context)
-        cold = {name: first[name] for name in _COLD if name in first}
-        nbytes = sum(t.untyped_storage().nbytes() for t in cold.values()) or _COLD_BYTES
+        made = [_tensors(operands, context) for operands in calls]
+        nbytes = sum(t.untyped_storage().nbytes() for one in made for n, t in one.items() if n in _COLD) or _COLD_BYTES
         copies = max(2, min(_MOST_COPIES, -(-_COLD_BYTES // nbytes) + 1))
-        self._sets = [{**first, **({name: t.clone() for name, t in cold.items()} if i else {})} for i in range(copies)]
+        self._sets = [made] + [
+            [{n: t.clone() if n in _COLD else t for n, t in one.items()} for one in made] for _ in range(copies - 1)
+        ]
         torch.cuda.synchronize()
 
     def __enter__(self) -> Stopwatch:
@@ -47,23 +49,25 @@ class Stopwatch:
         self._driver.destroy_stream(self._stream)
         self._driver.close()
 
-    def time(self, store: KernelStore, lowering: Lowering) -> float:
-        """Microseconds of one call.
+    def time(self, store: KernelStore, lowerings: Sequence[Lowering]) -> float:
+        """Microseconds of all calls together, each in its lowering.
 
         Raises:
             ResourceError: a kernel does not compile, or the device refuses it.
         """
         driver, stream = self._driver, self._stream
-        scratch = {
-            n: (torch.zeros if s.zeroed else torch.empty)(s.shape, dtype=getattr(torch, s.dtype), device="cuda")
-            for n, s in lowering.scratch.items()
-        }  # fmt: skip
+        scratch = [
+            {n: (torch.zeros if s.zeroed else torch.empty)(s.shape, dtype=getattr(torch, s.dtype), device="cuda")
+             for n, s in lowering.scratch.items()}
+            for lowering in lowerings
+        ]  # fmt: skip
         torch.cuda.synchronize()
         functions: dict[str, tuple[Any, Any]] = {}
         try:
             launches = [
-                self._resolved(store, functions, call, {**bound, **scratch})
-                for bound in self._sets for call in lowering.calls
+                self._resolved(store, functions, call, {**bound, **own})
+                for tensors in self._sets for bound, own, lowering in zip(tensors, scratch, lowerings)
+                for call in lowering.calls
             ]  # fmt: skip
             driver.begin_capture(stream)
             try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -25,6 +26,13 @@ from ....runtime.ops.cuda.spec import Config, Operands
 from .kernels import KernelStore
 from .lower import Call
 from .stopwatch import Stopwatch
+
+# Tokens in the cache of every row: no power of two, which would flatter tiles that just fit it.
+CONTEXT = 1200
+# A layer must gain such a share to choose otherwise than each call by itself did: less is noise.
+_WORTH = 0.003
+# Kinds of layers that are measured as a whole.
+_MOST_LAYERS = 4
 
 
 @dataclass
@@ -52,10 +60,13 @@ class Tuner:
                 found = json.loads(self.cache.read_text())
                 self._known = found if isinstance(found, dict) else {}
 
-    def prepare(self, calls: Sequence[Call]) -> None:
-        """Measure every distinct call that is not known yet: all candidates are compiled first, at once."""
+    def prepare(self, engines: Sequence[Sequence[Call]]) -> None:
+        """Measure every distinct call of the engines that is not known yet, each by itself and then in company.
+
+        All candidates are compiled first, at once.
+        """
         fresh: dict[str, Call] = {}
-        for call in calls:
+        for call in itertools.chain.from_iterable(engines):
             if len(call.provider.candidates(call.operands)) > 1:
                 fresh.setdefault(_key(call), call)
         fresh = {key: call for key, call in fresh.items() if self._remembered(key, call) is None}
@@ -75,6 +86,37 @@ class Tuner:
             self._known[key] = {
                 "config": dict(candidates[best]), "microseconds": round(times[best], 3), "tried": len(times),
             }  # fmt: skip
+        for calls in engines:
+            for layer in layers(calls):
+                if any(_key(call) in fresh for call in layer):
+                    self._settle(layer)
+
+    def _settle(self, layer: Sequence[Call]) -> None:
+        """Choose again for each call of a decode layer, the others as they are: by the time of the layer as a whole.
+
+        What a launch costs beside others is not what it takes alone: it overlaps with those around it, or keeps them
+        out. Attention comes first, since it is what the products differ from.
+        """
+        self.progress("a decode layer as a whole")
+        configs = [self(call.op, call.provider, call.operands) for call in layer]
+        with Stopwatch([call.operands for call in layer], CONTEXT) as watch:
+
+            def timed(tried: Sequence[Config]) -> float:
+                try:
+                    return watch.time(
+                        self.store, [c.provider.lower(c.operands, config) for c, config in zip(layer, tried)]
+                    )
+                except (ResourceError, ValueError):
+                    return float("inf")
+
+            best = timed(configs)
+            for call in {_key(call): call for call in layer}.values():
+                for config in call.provider.candidates(call.operands):
+                    tried = [config if _key(c) == _key(call) else old for c, old in zip(layer, configs)]
+                    if (found := timed(tried)) < best * (1 - _WORTH):
+                        best, configs = found, tried
+        for call, config in zip(layer, configs):
+            self._known.setdefault(_key(call), {}).update(config=dict(config), layer_microseconds=round(best, 3))
 
     def __call__(self, op: str, provider: Any, operands: Operands) -> Config:
         """The configuration of one call: the fastest where it was measured, else the provider's first guess."""
@@ -104,6 +146,15 @@ class Tuner:
             self.progress(f"the measured choices are not kept: {error}")
 
 
+def layers(calls: Sequence[Call]) -> list[list[Call]]:
+    """The distinct layers of a decode engine's calls, each from its attention to the next one's."""
+    starts = [place for place, call in enumerate(calls) if call.op.endswith("attention_step")]
+    found: dict[tuple[str, ...], list[Call]] = {}
+    for start, end in itertools.pairwise(starts):
+        found.setdefault(tuple(_key(call) for call in calls[start:end]), list(calls[start:end]))
+    return list(found.values())[:_MOST_LAYERS]
+
+
 def default_cache() -> Path:
     """Where choices are kept between builds: in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -111,19 +162,18 @@ def default_cache() -> Path:
 
 
 def measure(
-    store: KernelStore, provider: Any, operands: Operands, configs: Sequence[Config], context: int = 1200
+    store: KernelStore, provider: Any, operands: Operands, configs: Sequence[Config], context: int = CONTEXT
 ) -> list[float]:
     """Microseconds of one call by configuration, infinite where one cannot run; the best of several graph replays.
 
     Args:
-        context: tokens in the cache of every row, for attention; no power of two, which would flatter tiles that just
-            fit it.
+        context: tokens in the cache of every row, for attention.
     """
     times = []
-    with Stopwatch(operands, context) as watch:
+    with Stopwatch([operands], context) as watch:
         for config in configs:
             try:
-                times.append(watch.time(store, provider.lower(operands, config)))
+                times.append(watch.time(store, [provider.lower(operands, config)]))
             except (ResourceError, ValueError):
                 times.append(float("inf"))
     return times

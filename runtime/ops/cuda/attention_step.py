@@ -10,8 +10,6 @@ from .attention_operands import WIDTHS, check, padded, power_of_two, shared_cons
 from .decode_kernel import decode_kernel
 from .spec import Config, KernelCall, Lowering, Operands, Scratch
 
-# Up to so many programs, each has a multiprocessor to itself.
-_MULTIPROCESSORS = 132
 # Programs that fill an H200 once: a little below its 132 multiprocessors, so that powers of two come out right.
 _PROGRAMS = 128
 # The last split to arrive has to add all of them up.
@@ -21,11 +19,13 @@ _GRAIN = 16
 # Shared memory for tiles on their way, of 227 KiB that a program can have.
 _TILE_BYTES = 160 << 10
 _OPTIONAL = ("cos", "sin", "q_norm", "k_norm", "sinks")
-# Times that the programs fill the GPU, tokens a tile, warps, pipeline stages, preload; by what a launch is bound by:
-# latency (a few rows: best is a tile that holds a whole split), both, or memory alone.
-_Shapes = tuple[tuple[float, int, int, int, bool], ...]
+# Times that the programs fill the GPU, tokens a tile, warps, pipeline stages, preload, carve-out; by what a launch is
+# bound by: latency (a few rows: best is a tile that holds a whole split), both, or memory alone. The products around a
+# few rows stream their weights through L1: which carve-out leaves it to them shows in their company alone.
+_Shapes = tuple[tuple[float, int, int, int, bool] | tuple[float, int, int, int, bool, int], ...]
 _FEW: _Shapes = ((1, 128, 8, 3, True), (1, 64, 4, 3, True), (0.5, 128, 8, 3, True), (2, 64, 4, 3, True),
-                 (1, 64, 4, 3, False))  # fmt: skip
+                 (1, 64, 4, 3, True, 0), (1, 128, 8, 3, True, 0), (2, 32, 4, 1, True, 7), (1, 64, 4, 1, True, 7),
+                 (0.5, 128, 8, 3, True, 0))  # fmt: skip
 _SOME: _Shapes = ((2, 64, 4, 3, True), (1, 128, 8, 3, False), (4, 64, 4, 3, True), (2, 64, 4, 4, False),
                   (1, 64, 4, 3, True))  # fmt: skip
 _MANY: _Shapes = ((1, 32, 4, 4, False), (1, 64, 4, 4, False), (1, 32, 4, 4, True), (2, 64, 4, 3, True),
@@ -50,11 +50,12 @@ def candidates(operands: Operands) -> list[Config]:
     elif row_bytes > 512:
         shapes = _WIDE
     made: list[Config] = []
-    for times, block, warps, stages, preload in shapes:
+    for times, block, warps, stages, preload, *carveout in shapes:
         splits = max(1, min(most, int(fill * times)))
         config: Config = {
             "splits": splits, "block": block, "warps": warps, "stages": stages,
             "preload": preload and _early(operands) > 0 and {"k_cache", "v_cache"} <= operands.stable,
+            "carveout": carveout[0] if carveout else -1,
         }  # fmt: skip
         if config not in made and block * row_bytes * (stages - 1) <= _TILE_BYTES:
             made.append(config)
@@ -75,7 +76,8 @@ def lower(operands: Operands, config: Config) -> Lowering:
     Args:
         config: `splits`: into how many parts a row's tokens fall; `block`: tokens a tile, a power of two, at least 16;
             `warps`; `stages` of the pipeline; `preload`: whether the first tile is loaded into registers before the
-            launch before has finished, if nobody writes to it, or is only brought into the L2 cache.
+            launch before has finished, if nobody writes to it, or is only brought into the L2 cache; `carveout`: see
+            `KernelCall`.
 
     Raises:
         ValueError: the kernel cannot take the call.
@@ -145,9 +147,7 @@ def lower(operands: Operands, config: Config) -> Lowering:
         num_warps=warps,
         num_stages=int(config["stages"]),
         dependent=True,
-        # As much as the driver would set aside by itself is nothing that the kernels around it, which stream weights
-        # through L1, can run beside: in a step of Llama-3.2-1B that costs 7 µs a layer.
-        carveout=0 if splits * kv_heads * batch <= _MULTIPROCESSORS else -1,
+        carveout=int(config["carveout"]),
         label=f"attention_step h{heads} kv{kv_heads} d{dim} splits{splits}",
     )
     return Lowering((call,), scratch)

@@ -94,19 +94,18 @@ def run_cases(device: str) -> dict[str, float]:
     errors["a step's row sees no other"] = float(not rows_apart(device))
     errors |= {f"cache write {dim} {dtype}": write(dim, dtype, device) for dim, dtype in ((64, BF16), (80, FP32))}
     if device != "cpu":
-        errors["step unstable"] = step(dataclasses.replace(BIG_STEP, stable=False), device, _step_candidates()[0])
-        errors |= {f"step {config}": step(BIG_STEP, device, config) for config in _step_candidates()}
+        for name, case in (("big", BIG_STEP), ("lone", LONE_STEP)):
+            configs = attention_step.candidates(Step(case, "cpu").operands())
+            errors[f"{name} unstable"] = step(dataclasses.replace(case, stable=False), device, configs[0])
+            errors |= {f"{name} step {config}": step(case, device, config) for config in configs}
         errors |= {f"prefill {config}": prefill(BIG_PREFILL, device, config) for config in _prefill_candidates()}
     return errors
 
 
 # Shapes of an 8B model, every candidate of which runs on the GPU.
 BIG_STEP = Case((1500, -1, 63, 0, 777), heads=32, kv_heads=8, dim=128, table=True)
+LONE_STEP = Case((1500,), heads=32, kv_heads=8, dim=128, norm="narrow", table=True)
 BIG_PREFILL = Case((100,), (1000,), heads=32, kv_heads=8, dim=128)
-
-
-def _step_candidates() -> list[Config]:
-    return attention_step.candidates(Step(BIG_STEP, "cpu").operands())
 
 
 def _prefill_candidates() -> list[Config]:
@@ -241,7 +240,7 @@ def step(case: Case, device: str, config: Config | None = None) -> float:
     call = Step(case, device)
     if config is None:
         splits, block, preload = case.config
-        config = {"splits": splits, "block": block, "warps": 4, "stages": 2, "preload": bool(preload)}
+        config = {"splits": splits, "block": block, "warps": 4, "stages": 2, "preload": bool(preload), "carveout": -1}
     theirs, ours = call.cloned(), call.cloned() | {"out": call.out}
     wanted = fused_reference.attention_step(**theirs, **call.values())
     launch(attention_step.lower(call.operands(), config), ours)
@@ -263,7 +262,7 @@ def prefill(case: Case, device: str, config: Config | None = None) -> float:
 def rows_apart(device: str) -> bool:
     """Whether a row's result is the same bits in a batch and alone."""
     case = Case((65, 130, -1, 31), heads=4, kv_heads=2, dtype=FP16)
-    config = {"splits": 4, "block": 16, "warps": 4, "stages": 2, "preload": True}
+    config = {"splits": 4, "block": 16, "warps": 4, "stages": 2, "preload": True, "carveout": -1}
     call = Step(case, device)
     launch(attention_step.lower(call.operands(), config), call.cloned() | {"out": call.out})
     for row in range(call.batch):
