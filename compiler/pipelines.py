@@ -21,6 +21,7 @@ from ..passes.fusion.rms_norm import FuseRMSNorm
 from ..passes.fusion.rope import FuseRoPE
 from ..passes.plan.kernels import SelectKernels
 from ..passes.plan.last_token import GatherLastToken
+from ..passes.plan.pack_weights import PackWeights
 from ..passes.plan.sample import SampleTokens
 from ..passes.plan.static_buffers import PlanStaticBuffers
 from ..passes.quantize.weights import QuantizeWeights
@@ -48,6 +49,7 @@ PIPELINE: tuple[GraphPass, ...] = (
     # plan: what runs where
     FuseLinear(),
     SelectKernels(),
+    PackWeights(),
     PlanStaticBuffers(),
 )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..artifacts.errors import UsageError
+from ..runtime.ops.packed import pack_groups, pack_weight
 
 Load = Callable[[str], Tensor]
 
@@ -141,6 +142,27 @@ class Scales:
                 "leave the weight out (quantization.ignore), or use sound weights",
             )
         return value
+
+    def sources(self) -> tuple[str, ...]:
+        """Those of its part."""
+        return self.part.sources()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight, or its scales or zero points, in the CPU kernels' layout (see runtime/ops/packed.py).
+
+    Attributes:
+        format: of the weight; "" for scales and zero points.
+    """
+
+    part: Expression
+    format: str
+
+    def evaluate(self, load: Load) -> Tensor:
+        """The panels."""
+        value = self.part.evaluate(load)
+        return pack_weight(value, self.format) if self.format else pack_groups(value)
 
     def sources(self) -> tuple[str, ...]:
         """Those of its part."""

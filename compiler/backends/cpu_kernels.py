@@ -20,7 +20,8 @@ from ...artifacts.errors import ResourceError, UsageError
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "runtime" / "ops" / "cpu"
 
 _KERNELS = (
-    *("linear.cpp", "linear_quantized.cpp", "linear_int8.cpp", "linear_int4.cpp", "linear_fp8.cpp", "linear_mxfp4.cpp"),
+    *("linear.cpp", "linear_packed.cpp"),
+    *("linear_quantized.cpp", "linear_int8.cpp", "linear_int4.cpp", "linear_fp8.cpp", "linear_mxfp4.cpp"),
     *("attention.cpp", "sample.cpp", "run.cpp"),
 )
 _SHIM = ("shim.cpp", "memory.cpp", "sleef.cpp")
@@ -46,6 +47,11 @@ C_SHIMS: dict[str, list[str]] = {
         "AOTITorchError aoti_torch_cpu_linear_quantized(AtenTensorHandle x, AtenTensorHandle w, "
         "AtenTensorHandle scale, AtenTensorHandle* zero, AtenTensorHandle* bias, const char* format, "
         "const int64_t* group, int64_t group_size, const char* activations, AtenTensorHandle* ret)"
+    ],
+    "linear_packed": [
+        "AOTITorchError aoti_torch_cpu_linear_packed(AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* scale, "
+        "AtenTensorHandle* zero, AtenTensorHandle* bias, int64_t rows, const char* format, int64_t group, "
+        "const char* activations, AtenTensorHandle* ret)"
     ],
     "paged_attention": [
         "AOTITorchError aoti_torch_cpu_paged_attention(AtenTensorHandle q, AtenTensorHandle k_cache, "

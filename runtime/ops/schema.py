@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import fused_reference, quantized, reference
+from . import fused_reference, packed, quantized, reference
 
 _LIBRARY = torch.library.Library("ingot", "DEF")
 
@@ -70,6 +70,18 @@ _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
         lambda ids, weight, scale, zero, like, format, group: like.new_empty(
             *ids.shape, weight.shape[1] * (2 if format in quantized.PACKED else 1)
         ),
+    ),
+    "linear_packed": (
+        "(Tensor x, Tensor weight, Tensor? scale, Tensor? zero, Tensor? bias, int rows, str format, int group, "
+        "str activations) -> Tensor",
+        packed.linear_packed,
+        lambda x, weight, scale, zero, bias, rows, format, group, activations: x.new_empty(*x.shape[:-1], rows),
+    ),
+    "embedding_packed": (
+        "(Tensor ids, Tensor weight, Tensor? scale, Tensor? zero, Tensor like, int columns, str format, int group)"
+        " -> Tensor",
+        packed.embedding_packed,
+        lambda ids, weight, scale, zero, like, columns, format, group: like.new_empty(*ids.shape, columns),
     ),
     "rms_norm": (
         "(Tensor x, Tensor weight, float eps, float offset, bool narrow_first) -> Tensor",

@@ -131,37 +131,15 @@ void multiply(const Product& p, const T* w) {
   });
 }
 
-template <class T>
-void widen_rows(const View& x, int64_t k, int64_t rows, float* out) {
-  const T* data = x.as<T>();
-  for (int64_t row = 0; row < rows; ++row) {
-    int64_t rest = row, offset = 0;
-    for (int64_t d = x.dim - 2; d >= 0; --d) {
-      offset += rest % x.sizes[d] * x.strides[d];
-      rest /= x.sizes[d];
-    }
-    const int64_t step = x.strides[x.dim - 1];
-    if (step == 1) widen(data + offset, k, out + row * k);
-    else for (int64_t i = 0; i < k; ++i) out[row * k + i] = to_float(data[offset + i * step]);
-  }
-}
-
-// x as contiguous float32 rows: itself where it is that already.
-const float* float_rows(const View& x, int64_t k, int64_t rows, float* buffer) {
-  if (x.dtype == kFloat32) widen_rows<float>(x, k, rows, buffer);
-  else if (x.dtype == kBFloat16) widen_rows<bfloat16>(x, k, rows, buffer);
-  else widen_rows<float16>(x, k, rows, buffer);
-  return buffer;
-}
-
 bool floating(int32_t dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
 
-void linear_dense(AtenTensorHandle x, AtenTensorHandle w_handle, AtenTensorHandle* bias, AtenTensorHandle* ret) {
-  const View w(w_handle);
+void linear_dense(AtenTensorHandle x_handle, AtenTensorHandle w_handle, AtenTensorHandle* bias, AtenTensorHandle* ret) {
+  const View x(x_handle), w(w_handle);
   require(w.dim == 2 && w.contiguous(), "the weight must be [n, k] and contiguous");
   require(floating(w.dtype), "the weight must be float32, bfloat16 or float16");
-  const Product p = open_product(x, w.sizes[0], w.sizes[1], bias, ret);
+  Product p = open_product(x, w.sizes[0], w.sizes[1], bias, ret);
   if (p.m == 0 || p.n == 0) return;
+  read_rows(x, p);
   if (w.dtype == kFloat32) multiply(p, w.as<float>());
   else if (w.dtype == kBFloat16) multiply(p, w.as<bfloat16>());
   else multiply(p, w.as<float16>());
@@ -169,9 +147,26 @@ void linear_dense(AtenTensorHandle x, AtenTensorHandle w_handle, AtenTensorHandl
 
 }  // namespace
 
-Product open_product(AtenTensorHandle x_handle, int64_t n, int64_t columns, AtenTensorHandle* bias_handle,
-                     AtenTensorHandle* ret) {
-  const View x(x_handle);
+void widen_row(const View& x, int64_t row, float* out) {
+  const int64_t k = x.sizes[x.dim - 1], step = x.strides[x.dim - 1], offset = row_offset(x, row);
+  const auto widen_from = [&](const auto* data) {
+    if (step == 1) widen(data, k, out);
+    else for (int64_t i = 0; i < k; ++i) out[i] = to_float(data[i * step]);
+  };
+  if (x.dtype == kFloat32) widen_from(x.as<float>() + offset);
+  else if (x.dtype == kBFloat16) widen_from(x.as<bfloat16>() + offset);
+  else widen_from(x.as<float16>() + offset);
+}
+
+void read_rows(const View& x, Product& p) {
+  p.x = x.as<float>();
+  if (x.dtype == kFloat32 && x.contiguous()) return;
+  float* rows = scratch<InputTag>(p.m * p.k);
+  for (int64_t row = 0; row < p.m; ++row) widen_row(x, row, rows + row * p.k);
+  p.x = rows;
+}
+
+Product open_product(const View& x, int64_t n, int64_t columns, AtenTensorHandle* bias_handle, AtenTensorHandle* ret) {
   require(x.dim >= 1 && x.dim <= 16, "x must be [..., k] with at most 16 dimensions");
   require(floating(x.dtype), "x must be float32, bfloat16 or float16");
   require(x.sizes[x.dim - 1] == columns, "x's last dimension is not the weight's");
@@ -186,11 +181,10 @@ Product open_product(AtenTensorHandle x_handle, int64_t n, int64_t columns, Aten
   if (bias_handle) {
     const View bias(*bias_handle);
     require(floating(bias.dtype) && bias.dim == 1 && bias.sizes[0] == p.n, "the bias must be floating point [n]");
-    const bool direct = bias.dtype == kFloat32 && bias.contiguous();
-    p.bias = direct ? bias.as<float>() : float_rows(bias, p.n, 1, scratch<BiasTag>(p.n));
+    float* wide = scratch<BiasTag>(p.n);
+    widen_row(bias, 0, wide);
+    p.bias = wide;
   }
-  const bool direct = x.dtype == kFloat32 && x.contiguous();
-  p.x = direct ? x.as<float>() : float_rows(x, p.k, p.m, scratch<InputTag>(p.m * p.k));
   *ret = empty(x.dim, sizes, x.dtype);
   p.out = View(*ret).data;
   p.out_type = x.dtype;

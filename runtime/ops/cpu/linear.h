@@ -9,7 +9,7 @@
 namespace ingot {
 
 struct Product {
-  const float* x = nullptr;  // [m, k], contiguous
+  const float* x = nullptr;  // [m, k], contiguous, once read_rows has been called
   int64_t m = 0, n = 0, k = 0;
   const float* row_scale = nullptr;  // [m] or null: of quantized activations
   const float* scale = nullptr;      // [n] or null
@@ -28,8 +28,24 @@ struct QuantizedWeight {
   int64_t blocks = 1;  // in a row of the weight
 };
 
-// x, bias and a new result [..., n], checked; `columns` is the weight's k.
-Product open_product(AtenTensorHandle x, int64_t n, int64_t columns, AtenTensorHandle* bias, AtenTensorHandle* ret);
+// Sizes, bias and a new result [..., n], checked; `columns` is the weight's k. x is not read.
+Product open_product(const View& x, int64_t n, int64_t columns, AtenTensorHandle* bias, AtenTensorHandle* ret);
+
+// Where row `row` of x [..., k] begins, in elements.
+inline int64_t row_offset(const View& x, int64_t row) {
+  int64_t offset = 0;
+  for (int64_t d = x.dim - 2; d >= 0; --d) {
+    offset += row % x.sizes[d] * x.strides[d];
+    row /= x.sizes[d];
+  }
+  return offset;
+}
+
+// Row `row` of x as float32 [k].
+void widen_row(const View& x, int64_t row, float* out);
+
+// p.x: x as float32 rows, itself where it is that already.
+void read_rows(const View& x, Product& p);
 
 // Scales, bias and rounding to the output's type, for a rectangle of sums [m1 - m0, n1 - n0] whose rows are `ld` apart.
 void finish(const Product& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums, int64_t ld);

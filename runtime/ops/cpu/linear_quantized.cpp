@@ -49,18 +49,19 @@ void quantize_input(Product& p, const char* activations) {
   p.row_scale = scales;
 }
 
-void linear_quantized(AtenTensorHandle x, AtenTensorHandle w_handle, AtenTensorHandle scale_handle,
+void linear_quantized(AtenTensorHandle x_handle, AtenTensorHandle w_handle, AtenTensorHandle scale_handle,
                       AtenTensorHandle* zero, AtenTensorHandle* bias, const char* format, const int64_t* group,
                       int64_t group_size, const char* activations, AtenTensorHandle* ret) {
   const auto is = [&](const char* name) { return !std::strcmp(format, name); };
   require(is("int8") || is("int4") || is("fp8") || is("mxfp4"), "the format must be int8, int4, fp8 or mxfp4");
-  const View w(w_handle), scale(scale_handle);
+  const View x(x_handle), w(w_handle), scale(scale_handle);
   require(w.dtype == (is("int8") ? kInt8 : is("fp8") ? kFloat8E4M3 : kUInt8), "the weight's dtype is not the format's");
   int64_t k = 0;
   const QuantizedWeight weight =
       open_weight(w, scale, zero, is("int4") || is("mxfp4"), is("mxfp4"), group, group_size, &k);
   Product p = open_product(x, w.sizes[0], k, bias, ret);
   if (p.m == 0 || p.n == 0) return;
+  read_rows(x, p);
   quantize_input(p, activations);
   if (is("int8") && weight.blocks == 1 && weight.rows == 1 && scale.dtype == kFloat32) {
     p.scale = scale.as<float>();
