@@ -3,6 +3,7 @@
 #   make demo     install, build the bundled model, generate with it, print the report
 #   make test     install with the development tools, then every check and every test
 #   make check    formatting, lint, types and the floors' imports alone
+#   make tamper   alter a signed artifact in every way, and print how each was refused
 #   make bench    measure; BENCH="--quick" or BENCH="--models demo --json mine" narrows it
 #   make setup    install only            make clean    remove what make and builds made
 #
@@ -20,7 +21,7 @@ INGOT := $(BIN)/ingot
 DEMO := artifacts/built/demo
 BENCH ?=
 
-.PHONY: help setup demo test check types bench test-gpu bench-gpu clean
+.PHONY: help setup demo test check types tamper bench test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -64,6 +65,9 @@ check: $(VENV)/installed-dev types
 types: $(VENV)/installed-dev
 	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/ingot
 	cd $(VENV)/types && ../bin/mypy --config-file ingot/pyproject.toml -p ingot
+
+tamper: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest -s tests/e2e/test_tampering.py
 
 bench: setup
 	$(BIN)/python -m ingot.benchmarks $(BENCH)

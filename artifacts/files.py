@@ -94,3 +94,24 @@ def read_small(path: str | Path, limit: int) -> bytes:
                 return bytes(content)
             content += piece
     raise VerificationError(f"{path} is too large", f"more than {limit >> 20} MiB", "check that it is the right file")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file aside, sync it and rename it into place: the old content or the new, never less.
+
+    The file is made in the folder above, where it cannot be mistaken for a part of an artifact.
+
+    Raises:
+        ResourceError: the disk is full or fails, or permission is missing.
+    """
+    aside = path.parent.parent / f".{path.parent.name}.{path.name}.{os.getpid()}"
+    with os_errors(f"cannot write {path}"):
+        try:
+            with open(aside, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                aside.unlink()

@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import os
 import stat
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -84,8 +85,12 @@ class ArtifactWriter:
         if isinstance(error, OSError) and error.errno in FIXES:
             raise resource_error(f"the build of {self.destination} failed", error) from error
 
-    def commit(self, manifest: Manifest) -> Manifest:
+    def commit(self, manifest: Manifest, attest: Callable[[Manifest], Mapping[str, bytes]] | None = None) -> Manifest:
         """Digest, sync and publish what stands in `root`; returns the manifest with its list of files.
+
+        Args:
+            attest: given the finished manifest, returns the content of unlisted files by path: what can only be said
+                of an artifact whose digest is known.
 
         Raises:
             VerificationError: the manifest or the folder's content would not pass opening; nothing is published.
@@ -99,6 +104,9 @@ class ArtifactWriter:
             manifest = dataclasses.replace(manifest, files=_list_files(root))
             text = manifest.to_json()
             Manifest.from_json(text, source="the manifest of this build")
+            for path, content in (attest(manifest) if attest else {}).items():
+                (root / path).parent.mkdir(exist_ok=True)
+                (root / path).write_bytes(content)
             if findings := compare_entries(root, manifest):
                 why = "; ".join(map(str, findings))
                 raise VerificationError("the build wrote what no artifact may hold", why, "report this as a bug")

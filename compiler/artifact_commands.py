@@ -1,6 +1,6 @@
-"""`ingot run`, `inspect`, `verify` and `compare`: what needs a finished artifact and nothing of the compiler.
+"""`ingot run`, `inspect` and `compare`: what needs a finished artifact and nothing of the compiler.
 
-None of them may import transformers, and inspect and verify no torch either; a test holds them to it.
+None of them may import transformers, and inspect no torch either; a test holds them to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ..artifacts.errors import UsageError, VerificationError
 from ..artifacts.kernel_plan import KernelPlan
 from ..artifacts.manifest import Manifest
-from ..artifacts.store import check, open_artifact
+from ..artifacts.store import open_artifact
 from . import accuracy_facts
 from .accuracy_facts import numbers
 from .console import open_progress, print_table, printable, size_text
@@ -30,12 +30,11 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args.prompt)
     phases = Phases(process_start())
     phases.mark("python, imports")
-    options: dict[str, Any] = {"phases": phases}
-    if args.gpu_memory_utilization is not None:
-        options["gpu_memory_utilization"] = args.gpu_memory_utilization
-    with LLM(args.artifact, **options) as llm:
-        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
-        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    names = ("gpu_memory_utilization", "trust")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    with LLM(args.artifact, phases=phases, **options) as llm:
+        wanted = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+        given = {name: getattr(args, name) for name in wanted if getattr(args, name) is not None}
         params = dataclasses.replace(llm.get_default_sampling_params(), **given)
         request: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
         if args.stream and not args.json:
@@ -77,23 +76,6 @@ def inspect(args: argparse.Namespace) -> int:
         table = [(row["label"], row["launches"], size_text(int(row["read_bytes"]))) for row in rows]
         print_table(f"kernels of {name}", ("kernel", "launches", "weights read"), table)
     return 0
-
-
-def verify(args: argparse.Namespace) -> int:
-    """Check schema, files, digests and target; 0 and a line, or VerificationError's code and all findings."""
-    findings = check(args.artifact)
-    if args.json:
-        facts = [dataclasses.asdict(finding) for finding in findings]
-        print(json.dumps({"path": str(args.artifact), "ok": not findings, "findings": facts}))
-    elif findings:
-        print(f"error: {args.artifact} failed verification: {len(findings)} findings", file=sys.stderr)
-        for finding in findings:
-            print(f"  {printable(str(finding))}\n    fix: {printable(finding.fix)}", file=sys.stderr)
-    else:
-        manifest = open_artifact(args.artifact, verify="sizes").manifest
-        total = size_text(sum(entry.size for entry in manifest.files))
-        print(f"{args.artifact}: ok, {len(manifest.files)} files, {total}, fits this machine")
-    return VerificationError.exit_code if findings else 0
 
 
 def compare(args: argparse.Namespace) -> int:

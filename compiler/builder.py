@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..artifacts.errors import GateError, UsageError
+from ..artifacts.errors import GateError, ResourceError, UsageError
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import ArtifactWriter
+from ..artifacts.trust import record_build
 from ..passes.base import GraphPass
 from ..passes.graph import TracedGraph
 from ..passes.instruments import PassRecord
@@ -25,8 +26,9 @@ from .gate import GateTokens
 from .model_weights import ModelWeights, open_weights
 from .pipelines import PIPELINE, select
 from .plan import Plan, check_recipe, make_plan
+from .provenance import attestations
 from .recipe import Recipe
-from .record import draft_manifest, listed, reports, write_provenance
+from .record import draft_manifest, listed, reports
 from .weights_file import Spec, write_weights
 
 
@@ -110,9 +112,12 @@ def build(
         manifest = replace(manifest, passes=written["passes"], gate=result.report)
         for name, value in written.items():
             (root / "report" / f"{name}.json").write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-        write_provenance(root, started, clock.seconds, plan)
         with clock("publish"), progress.stage("digest and publish"):
-            manifest = writer.commit(manifest)
+            manifest = writer.commit(manifest, lambda final: attestations(final, started, clock.seconds, plan.records))
+    try:
+        record_build(manifest.digest())
+    except ResourceError as error:
+        progress.log(f"{error}\nIt runs here with --trust digest:sha256:{manifest.digest()} only.")
     return BuildResult(output, manifest, clock.seconds, plan.records, task)
 
 

@@ -93,15 +93,18 @@ def _internal(error: Exception, debug: bool) -> int:
 
 
 def _call(args: argparse.Namespace) -> int:
-    if args.command in ("run", "inspect", "verify", "compare"):
+    if args.command in ("run", "inspect", "compare"):
         from . import artifact_commands
 
         return {
             "run": artifact_commands.run,
             "inspect": artifact_commands.inspect,
-            "verify": artifact_commands.verify,
             "compare": artifact_commands.compare,
         }[args.command](args)
+    if args.command in ("sign", "verify"):
+        from . import trust_commands
+
+        return {"sign": trust_commands.sign, "verify": trust_commands.verify}[args.command](args)
     from . import build_commands
 
     return {
@@ -139,8 +142,19 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--plant", metavar="FAULT", help="put a known fault into the pipeline, to see the gate catch it")
     build.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph after each pass that changed it")
     _run_options(command("run", "generate text from an artifact"))
-    for name, summary in (("inspect", "say what an artifact is"), ("verify", "check an artifact against its manifest")):
-        command(name, summary).add_argument("artifact", type=Path, metavar="ARTIFACT")
+    command("inspect", "say what an artifact is").add_argument("artifact", type=Path, metavar="ARTIFACT")
+    verify = command("verify", "check an artifact against its manifest, and who signed it")
+    verify.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    verify.add_argument(
+        "--key",
+        type=Path,
+        action="append",
+        metavar="PUBLIC_KEY",
+        help="it must be signed by this key (repeatable: any)",
+    )
+    sign = command("sign", "sign an artifact's whole folder")
+    sign.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    sign.add_argument("--key", type=Path, required=True, metavar="PRIVATE_KEY", help="a PEM file, P-256 to P-521")
     _compare_options(command("compare", "put artifacts of one model side by side: size, speed, accuracy"))
     takes_recipe(command("passes", "show the pass pipeline in order"), nargs="?")
     bisect = command("bisect", "find the pass that breaks the numbers")
@@ -177,6 +191,10 @@ def _run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--stop", action="append", metavar="STR", help="end before this text (repeatable)")
     run.add_argument("--chat", action="store_true", help="send the prompt through the model's chat template")
     run.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="print as tokens come")
+    run.add_argument(
+        "--trust", action="append", metavar="POLICY",
+        help="whose code may run: local, signed, signed:PUBLIC_KEY or digest:sha256:HEX (repeatable: any of them)",
+    )  # fmt: skip
     run.add_argument("--json", action="store_true", help="print one JSON object: text, tokens, finish reason, times")
     run.add_argument(
         "--gpu-memory-utilization", type=float, metavar="SHARE",

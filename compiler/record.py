@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
-import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -115,16 +112,3 @@ def reports(plan: Plan, gate_report: dict[str, Any]) -> dict[str, Any]:
             entry["facts"] = {k: v for k, v in entry["facts"].items() if k not in ("inputs", "layers")}
             passes.append({"engine": engine, **entry})
     return {"passes": passes, "gate": gate_report}
-
-
-def write_provenance(root: Path, started: str, stages: Mapping[str, float], plan: Plan) -> None:
-    """Times and host: beside the manifest, outside its digest."""
-    times = {engine: {r.name: round(r.time_ms, 3) for r in records} for engine, records in plan.records.items()}
-    facts = {
-        "started": started, "host": platform.node(), "system": platform.platform(), "python": platform.python_version(),
-        "stage_s": {k: round(v, 3) for k, v in stages.items()}, "pass_ms": times,
-    }  # fmt: skip
-    (root / "report" / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
-    lines = [f"{started} build of {plan.recipe.name}"]
-    lines += [f"{seconds:8.2f} s  {name}" for name, seconds in stages.items()]
-    (root / "report" / "build.log").write_text("\n".join(lines) + "\n")

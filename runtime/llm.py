@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ..artifacts.errors import UsageError
 from ..artifacts.store import OpenArtifact
+from ..artifacts.trust import Trust
 from .chat import ChatTemplate
 from .core import Core
 from .detokenizer import Detokenizer
@@ -40,12 +41,15 @@ class LLM:
     Args:
         model: the artifact's folder.
         verify: "full" compares every file's digest before anything runs; "sizes" leaves out the weights' digests.
+        trust: whose native code may run: "local", "signed", "signed:KEY.pub", "digest:sha256:…", or several of these.
+            None is what was built on this host, or is signed by a configured key.
         gpu_memory_utilization: the share of a GPU's memory that may be in use once the KV cache has been taken.
         engine_group: engines to use in place of the artifact's (tests).
         phases: told where the time of loading goes.
 
     Raises:
-        UsageError: no such folder. VerificationError: the artifact is not what it says or does not fit this machine.
+        UsageError: no such folder. VerificationError: the artifact is not what it says, is of unknown origin, or does
+            not fit this machine.
         ResourceError: not enough memory.
     """
 
@@ -54,13 +58,15 @@ class LLM:
         model: str | Path | OpenArtifact,
         *,
         verify: Literal["full", "sizes"] = "full",
+        trust: str | Items[str] | None = None,
         gpu_memory_utilization: float = 0.9,
         engine_group: EngineGroup | None = None,
         phases: Phases | None = None,
     ) -> None:
         phases = phases or Phases()
         # A build hands over an artifact that is not published yet; everybody else gives a folder to verify.
-        self._artifact: OpenArtifact = model if isinstance(model, OpenArtifact) else open_verified(model, verify)
+        accepted = Trust.parse(trust)
+        self._artifact = model if isinstance(model, OpenArtifact) else open_verified(model, verify, accepted)
         manifest = self._artifact.manifest
         phases.mark("verification")
         self._model = manifest.model

@@ -12,24 +12,29 @@ from typing import Literal
 from ..artifacts.errors import UsageError, VerificationError
 from ..artifacts.store import OpenArtifact, open_artifact
 from ..artifacts.target import require_target
+from ..artifacts.trust import Trust
 from .engines.base import EngineGroup
 from .phases import Phases
+from .trust import require_trust
 
 
-def open_verified(path: str | Path, verify: Literal["full", "sizes"]) -> OpenArtifact:
+def open_verified(path: str | Path, verify: Literal["full", "sizes"], trust: Trust | None = None) -> OpenArtifact:
     """Open the artifact in a folder for `load_engines`.
 
     Args:
         verify: "full" compares every file's digest, those of weights that go to a device while they do. "sizes" leaves
             out the weights' digests: code and what steers it is small, and weights can execute nothing.
+        trust: whose code is accepted; None for what was built on this host or is signed by a configured key.
 
     Raises:
-        UsageError: no such folder, or another word for `verify`. VerificationError: it is not what its manifest says.
+        UsageError: no such folder, or another word for `verify`. VerificationError: it is not what its manifest says,
+            or not of anybody who is trusted.
     """
     if verify not in ("full", "sizes"):
         raise UsageError(f"cannot verify {verify!r}", "verify is one of: full, sizes", "open the artifact with 'full'")
     artifact = open_artifact(path, "sizes")
     manifest = artifact.manifest
+    require_trust(artifact, Trust.parse(None) if trust is None else trust)
     streamed = any(engine.kind == "plan" for engine in manifest.engines)
     left = manifest.weights if streamed or verify == "sizes" else ()
     artifact.verify(file.path for file in manifest.files if file.path not in left)

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 # Tensors here are tiny, and threads that wait for each other cost more than they bring. It has to be set before torch
 # or a kernel library starts its threads; child processes inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What tests build is remembered in a folder of its own, and the keys that the user trusts are not looked at.
+_HOME = tempfile.TemporaryDirectory(prefix="ingot-test-home-")
+os.environ["XDG_STATE_HOME"] = os.environ["XDG_CONFIG_HOME"] = _HOME.name
 
 SENTENCES = (
     "Once upon a time there was a little robot who liked to count the stars.",

@@ -18,7 +18,7 @@ import pytest
 from ingot.artifacts import errors
 from ingot.artifacts.manifest import Manifest
 from ingot.artifacts.store import ArtifactWriter
-from ingot.compiler import artifact_commands, cli, console
+from ingot.compiler import artifact_commands, cli, console, trust_commands
 from ingot.runtime import CompletionOutput, RequestOutput, SamplingParams
 from ingot.runtime.outputs import RequestMetrics
 from ingot.runtime.phases import Phases
@@ -173,7 +173,7 @@ def test_inspect_and_verify_import_nothing_heavy(artifact: Path, command: str) -
         f"import sys; from ingot.compiler.cli import main; code = main([{command!r}, {str(artifact)!r}])\n"
         f"print([m for m in sys.modules if m.split('.')[0] in {HEAVY} or m.startswith('ingot.passes')"
         " or (m.startswith('ingot.compiler.')"
-        " and m.split('.')[2] not in ('cli', 'console', 'artifact_commands', 'accuracy_facts'))])"
+        " and m.split('.')[2] not in ('cli', 'console', 'artifact_commands', 'trust_commands', 'accuracy_facts'))])"
     )
     done = fresh(code=code)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
@@ -186,7 +186,7 @@ def test_run_imports_no_compiler(artifact: Path) -> None:
         "print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'rich', 'typer', 'huggingface_hub')"
         " or m.startswith(('ingot.passes', 'torch._inductor', 'torch.export'))"
         " or (m.startswith('ingot.compiler.')"
-        " and m.split('.')[2] not in ('cli', 'console', 'artifact_commands', 'accuracy_facts'))])"
+        " and m.split('.')[2] not in ('cli', 'console', 'artifact_commands', 'trust_commands', 'accuracy_facts'))])"
     )
     done = fresh(code=code)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
@@ -297,7 +297,7 @@ def test_verify_says_what_is_wrong_and_what_to_do(
 
 
 def test_verify_a_good_artifact(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact_commands, "check", lambda path: [])  # the golden target may not fit this machine
+    monkeypatch.setattr(trust_commands, "check", lambda path: [])  # the golden target may not fit this machine
     code, out, err = run("verify", artifact)
     assert (code, err) == (0, "")
     assert "ok" in out

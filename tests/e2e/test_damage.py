@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from ingot.artifacts.errors import VerificationError
 from ingot.artifacts.fingerprint import digest_file
+from ingot.artifacts.manifest import load_manifest
 from ingot.artifacts.store import open_artifact
 from ingot.runtime import LLM
 from ingot.runtime.engines.aoti_host import load_path
@@ -46,6 +47,14 @@ def edit(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(manifest))
 
 
+def named(root: Path) -> list[str]:
+    """The flag that accepts whatever the manifest says, as a user would who was told this digest."""
+    try:
+        return [f"--trust=digest:sha256:{load_manifest(root).digest()}"]
+    except VerificationError:
+        return []
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "flipped byte in an engine": (flip, [ENGINE, "wrong digest"]),
     "missing weights": (lambda r: (r / "weights/model.safetensors").unlink(), ["weights/model.safetensors", "missing"]),
@@ -67,7 +76,7 @@ def test_damage_is_refused_with_exit_code_4(demo: Demo, ingot: Ingot, tmp_path: 
     damage, words = DAMAGE[name]
     folder = demo.copy(tmp_path / "artifact")
     damage(folder)
-    for command in (["verify", folder], ["run", folder, "Once", "--max-tokens=3"]):
+    for command in (["verify", folder], ["run", folder, "Once", "--max-tokens=3", *named(folder)]):
         done = ingot(*command)
         assert (done.returncode, done.stdout) == (4, ""), done.stderr
         assert "Traceback" not in done.stderr
@@ -117,7 +126,7 @@ def vouch(root: Path, place: str) -> None:
 
 def sprung(ingot: Ingot, root: Path, mark: Path) -> tuple[int, bool]:
     """Exit code of a run, and whether the trap was loaded."""
-    done = ingot("run", root, "Once", "--max-tokens=3", env={**os.environ, "INGOT_TEST_TRAP": str(mark)})
+    done = ingot("run", root, "Once", "--max-tokens=3", *named(root), env={**os.environ, "INGOT_TEST_TRAP": str(mark)})
     assert "Traceback" not in done.stderr
     return done.returncode, mark.exists()
 
@@ -172,7 +181,7 @@ def test_an_engine_that_wants_other_weights_is_refused(demo: Demo, ingot: Ingot,
         manifest["engines"][0]["constants"][0]["symbol"] = "another"
 
     edit(folder, change)
-    done = ingot("run", folder, "Once")
+    done = ingot("run", folder, "Once", *named(folder))
     assert (done.returncode, done.stdout) == (4, "")
     assert "disagree about its weights" in done.stderr
 
@@ -184,6 +193,6 @@ def test_a_weight_that_no_file_holds_is_refused(demo: Demo, ingot: Ingot, tmp_pa
         manifest["engines"][0]["constants"][0]["weight"] = "another"
 
     edit(folder, change)
-    done = ingot("run", folder, "Once")
+    done = ingot("run", folder, "Once", *named(folder))
     assert (done.returncode, done.stdout) == (4, "")
     assert "another" in done.stderr

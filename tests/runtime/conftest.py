@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from ingot.artifacts.store import ArtifactWriter
+from ingot.artifacts.trust import record_build
 from ingot.runtime import LLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -50,7 +51,8 @@ def write_artifact(folder: Path, template: str | None = TEMPLATE, generation: ob
             (writer.root / "chat_template.jinja").write_text(template, encoding="utf-8")
         generation = {"bos_token_id": 0, "eos_token_ids": [1], "defaults": {}} if generation is None else generation
         (writer.root / "generation.json").write_text(json.dumps(generation))
-        writer.commit(fake_manifest(**{"vocab": 320, **shape}))  # type: ignore[arg-type]
+        manifest = writer.commit(fake_manifest(**{"vocab": 320, **shape}))  # type: ignore[arg-type]
+    record_build(manifest.digest())
     return folder
 
 
