@@ -36,13 +36,11 @@ Name = Annotated[str, Matches(r"[A-Za-z0-9_][A-Za-z0-9._-]*", "a name of letters
 Text = Annotated[str, Matches(r"[^\x00-\x1f\x7f]*", "one line of text", 1024)]
 # All paths are written by Ingot, so the alphabet can be small: no absolute path, '..', backslash, NUL, drive letter,
 # hidden file or Unicode look-alike passes.
-RelativePath = Annotated[
-    str,
-    Matches(
-        r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,7}",
-        "a relative path of letters, digits, '.', '_', '-' and '/' inside the artifact",
-    ),
-]
+_PATH = Matches(
+    r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,7}",
+    "a relative path of letters, digits, '.', '_', '-' and '/' inside the artifact",
+)
+RelativePath = Annotated[str, _PATH]
 Sha256 = Annotated[str, Matches(r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")]
 DType = Annotated[str, OneOf(DTYPES)]
 Size = Annotated[int, Range(0, 1 << 50)]
@@ -213,6 +211,11 @@ class Manifest:
     def native_code(self) -> frozenset[str]:
         """The paths whose content is executed: engines and their libraries, be it by the CPU or a GPU."""
         return frozenset(path for engine in self.engines for path in (engine.file, *engine.libraries))
+
+
+def path_complaint(path: str) -> str:
+    """Why no file of an artifact can be called this; empty if one can."""
+    return _PATH.complaint(path)
 
 
 def load_manifest(path: str | Path) -> Manifest:

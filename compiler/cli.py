@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..artifacts.errors import IngotError, ResourceError, UsageError
+from .ship_options import add_ship_commands
 
 _COMPILE_EXTRA = ("torch", "transformers", "safetensors", "huggingface_hub")
 
@@ -105,6 +106,10 @@ def _call(args: argparse.Namespace) -> int:
         from . import trust_commands
 
         return {"sign": trust_commands.sign, "verify": trust_commands.verify}[args.command](args)
+    if args.command in ("push", "pull"):
+        from . import ship_commands
+
+        return {"push": ship_commands.push, "pull": ship_commands.pull}[args.command](args)
     from . import build_commands
 
     return {
@@ -156,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     sign.add_argument("artifact", type=Path, metavar="ARTIFACT")
     sign.add_argument("--key", type=Path, required=True, metavar="PRIVATE_KEY", help="a PEM file, P-256 to P-521")
     _compare_options(command("compare", "put artifacts of one model side by side: size, speed, accuracy"))
+    add_ship_commands(command)
     takes_recipe(command("passes", "show the pass pipeline in order"), nargs="?")
     bisect = command("bisect", "find the pass that breaks the numbers")
     takes_recipe(bisect)

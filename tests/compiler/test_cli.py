@@ -164,6 +164,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 # --- fresh processes: imports, pipes ---------------------------------------------------------------------------------
 
 
+LIGHT = ("cli", "console", "artifact_commands", "trust_commands", "ship_options", "accuracy_facts")
 HEAVY = "('torch', 'transformers', 'rich', 'typer', 'safetensors', 'huggingface_hub')"
 
 
@@ -173,7 +174,7 @@ def test_inspect_and_verify_import_nothing_heavy(artifact: Path, command: str) -
         f"import sys; from ingot.compiler.cli import main; code = main([{command!r}, {str(artifact)!r}])\n"
         f"print([m for m in sys.modules if m.split('.')[0] in {HEAVY} or m.startswith('ingot.passes')"
         " or (m.startswith('ingot.compiler.')"
-        " and m.split('.')[2] not in ('cli', 'console', 'artifact_commands', 'trust_commands', 'accuracy_facts'))])"
+        f" and m.split('.')[2] not in {LIGHT})])"
     )
     done = fresh(code=code)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
@@ -186,7 +187,7 @@ def test_run_imports_no_compiler(artifact: Path) -> None:
         "print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'rich', 'typer', 'huggingface_hub')"
         " or m.startswith(('ingot.passes', 'torch._inductor', 'torch.export'))"
         " or (m.startswith('ingot.compiler.')"
-        " and m.split('.')[2] not in ('cli', 'console', 'artifact_commands', 'trust_commands', 'accuracy_facts'))])"
+        f" and m.split('.')[2] not in {LIGHT})])"
     )
     done = fresh(code=code)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
