@@ -20,13 +20,13 @@ class Life:
     nbytes: int
     first: int
     more: int
-    zeroed: bool
+    kind: str = ""
 
 
 lives = st.lists(
     st.builds(
         Life, st.sampled_from([0, 1, 255, 256, 257, 1000, 5000]), st.integers(-1, 12), st.integers(0, 6),
-        st.sampled_from([False, False, False, True]),
+        st.sampled_from(["", "", "", "zeroed", "exclusive"]),
     ),
     max_size=24,
 )  # fmt: skip
@@ -34,7 +34,8 @@ lives = st.lists(
 
 def made(life: Life) -> Buffer:
     last = -1 if life.first < 0 else life.first + life.more
-    return Buffer("arena", "", life.nbytes, life.zeroed, first=life.first, last=last)
+    zeroed, exclusive = life.kind == "zeroed", life.kind == "exclusive"
+    return Buffer("arena", "", life.nbytes, zeroed, exclusive, first=life.first, last=last)
 
 
 def bytes_of(buffer: Buffer) -> range:
@@ -62,7 +63,7 @@ def test_buffers(described: list[Life], spare: int) -> None:
         assert (bytes_of(buffer).stop <= reserved) if buffer.zeroed else (buffer.offset >= reserved)
     for index, a in enumerate(used):
         for b in used[:index]:
-            if a.zeroed or b.zeroed or alive_together(a, b):
+            if a.zeroed or b.zeroed or a.exclusive or b.exclusive or alive_together(a, b):
                 assert not share(a, b)
     assert size % ALIGNMENT == 0
     assert reserved <= size <= reserved + sum(b.padded for b in used if not b.zeroed)
@@ -92,7 +93,7 @@ def test_a_gap_is_filled() -> None:
 
 def test_too_little_reserved_is_refused() -> None:
     with pytest.raises(ValueError, match="512 bytes must be zero, 256 are reserved"):
-        place([made(Life(1, 0, 0, True)), made(Life(1, 0, 0, True))], 256)
+        place([made(Life(1, 0, 0, "zeroed")), made(Life(1, 0, 0, "zeroed"))], 256)
 
 
 def region(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -> Region:

@@ -17,7 +17,7 @@ def place(buffers: Sequence[Buffer], reserved: int) -> int:
 
     Zeroed buffers lie in front and are shared with nobody, since they must be zero at the next run too; `reserved` is
     the size of that front, the same for all engines that will use the arena. The others are placed from the largest on,
-    each in the first gap among those alive at the same time.
+    each in the first gap among those alive at the same time; an exclusive one counts as alive all the time.
     """
     front = 0
     for buffer in buffers:
@@ -42,4 +42,4 @@ def place(buffers: Sequence[Buffer], reserved: int) -> int:
 
 
 def _overlap(a: Buffer, b: Buffer) -> bool:
-    return a.first <= b.last and b.first <= a.last
+    return a.exclusive or b.exclusive or (a.first <= b.last and b.first <= a.last)

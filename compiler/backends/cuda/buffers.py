@@ -13,12 +13,16 @@ from ....runtime.ops.cuda.spec import TensorSpec
 
 @dataclass(eq=False)
 class Buffer:
-    """One piece of memory. `space` and `name` as in `PlanArgument`; `offset` in the arena is planned later."""
+    """One piece of memory. `space` and `name` as in `PlanArgument`; `offset` in the arena is planned later.
+
+    `exclusive`: no other buffer has its bytes at any time, since a launch writes it before it waits for earlier ones.
+    """
 
     space: str
     name: str
     nbytes: int
     zeroed: bool = False
+    exclusive: bool = False
     offset: int = 0
     first: int = field(default=-1)  # index of the first and last launch that touch it
     last: int = field(default=-1)

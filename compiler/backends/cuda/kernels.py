@@ -25,7 +25,8 @@ class Compiled:
     Attributes:
         name: of its function, with a digest of the cubin; symbol: its entry in the cubin.
         carveout: see `KernelCall`.
-        hidden: pointers behind its own parameters, which Triton adds and which are null.
+        scratch_bytes: device memory for each of its programs, for which a pointer comes behind its own parameters.
+        hidden: pointers behind that, which Triton adds and which are null.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Compiled:
     threads: int
     shared_bytes: int
     carveout: int
+    scratch_bytes: int
     hidden: int
 
 
@@ -118,9 +120,10 @@ class KernelStore:
         metadata = compiled.metadata
         entry = _ENTRY.search(compiled.asm["ptx"])
         declared = entry.group(1).count(".param") if entry else parameters
+        scratch = int(getattr(metadata, "global_scratch_size", 0) or 0)
         found = Compiled(
             f"{name}-{hashlib.sha256(cubin).hexdigest()[:12]}", metadata.name, cubin, metadata.num_warps * 32,
-            metadata.shared, carveout, declared - parameters,
+            metadata.shared, carveout, scratch, declared - parameters - (scratch > 0),
         )  # fmt: skip
         self.kernels.setdefault(found.name, found)
         return self.kernels[found.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -250,6 +251,11 @@ class Lowerer:
                 call, [r.dtype for r in given.values()], [r.offset % 16 == 0 for r in given.values()]
             )
             pointers = tuple(given[name] for name in call.function.arg_names if name in given)
+            if kernel.scratch_bytes:
+                size = kernel.scratch_bytes * math.prod(call.grid)
+                own = self.region("arena", "", (size,), torch.uint8)
+                own.buffer.exclusive = True
+                pointers += (own,)
             self._append(
                 Launch(kernel, call.grid, pointers, call.dependent, call.label or kernel.name, call.read_bytes)
             )

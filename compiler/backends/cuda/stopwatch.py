@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -36,6 +37,7 @@ class Stopwatch:
         self._sets = [made] + [
             [{n: t.clone() if n in _COLD else t for n, t in one.items()} for one in made] for _ in range(copies - 1)
         ]
+        self._kept: list[torch.Tensor] = []
         torch.cuda.synchronize()
 
     def __enter__(self) -> Stopwatch:
@@ -63,6 +65,7 @@ class Stopwatch:
         ]  # fmt: skip
         torch.cuda.synchronize()
         functions: dict[str, tuple[Any, Any]] = {}
+        self._kept.clear()
         try:
             launches = [
                 self._resolved(store, functions, call, {**bound, **own})
@@ -95,7 +98,12 @@ class Stopwatch:
             module = self._driver.load_module(kernel.cubin)
             functions[kernel.name] = (module, self._function(module, kernel))
         order = [n for n in call.function.arg_names if n in call.pointers]
-        addresses = [bound[call.pointers[name]].data_ptr() for name in order] + [0] * kernel.hidden
+        addresses = [bound[call.pointers[name]].data_ptr() for name in order]
+        if kernel.scratch_bytes:
+            size = kernel.scratch_bytes * math.prod(call.grid)
+            self._kept.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            addresses.append(self._kept[-1].data_ptr())
+        addresses += [0] * kernel.hidden
         arguments = [ctypes.c_void_p(address) for address in addresses]
         return functions[kernel.name][1], call.grid, kernel, arguments, call.dependent
 

@@ -1,7 +1,7 @@
-"""CUDA provider of `fused_linear`: which of the three kernels serves a call, and how it is launched.
+"""CUDA provider of `fused_linear`: which of the kernels serves a call, and how it is launched.
 
-One row of x goes to `gemv`, up to 64 rows to `skinny` (or a few to `gemv`), more to `gemm`. `candidates` only lists
-what is worth measuring on the target.
+One row of x goes to `gemv`, up to 64 rows to `skinny` (or a few to `gemv`), more to `tma_gemm` or `gemm`. `candidates`
+only lists what is worth measuring on the target.
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ from typing import Any
 
 from .gemm import gemm
 from .gemv import gemv
-from .linear_configs import GEMV_ROWS, MOST_CANDIDATES, gemm_configs, gemv_configs, power_of_two, skinny_configs
+from .linear_configs import (
+    GEMV_ROWS,
+    MOST_CANDIDATES,
+    gemm_configs,
+    gemv_configs,
+    power_of_two,
+    skinny_configs,
+    tma_configs,
+)
 from .linear_problem import DECODE_ROWS, Problem, nbytes, problem_of
 from .skinny import normalize, skinny
 from .spec import Config, KernelCall, Lowering, Operands, Scratch
+from .tma_gemm import activate_product, tma_gemm
 
-_KERNELS = {"gemv": gemv, "skinny": skinny, "gemm": gemm}
+_KERNELS = {"gemv": gemv, "skinny": skinny, "gemm": gemm, "tma": tma_gemm}
 # What the programs that share a tile leave to each other.
 _SPLIT_SCRATCH = {
     "gemv": (),
     "skinny": ("partial", "partial_squares", "arrivals"),
     "gemm": ("partial", "arrivals"),
+    "tma": (),
 }
 
 
@@ -33,7 +43,7 @@ def candidates(operands: Operands) -> list[Config]:
     """
     problem = problem_of(operands)
     if problem.m > DECODE_ROWS:
-        return gemm_configs(problem)
+        return (tma_configs(problem) + gemm_configs(problem))[:MOST_CANDIDATES]
     if problem.m == 1:
         return gemv_configs(problem)
     if problem.m <= GEMV_ROWS:
@@ -50,18 +60,24 @@ def lower(operands: Operands, config: Config) -> Lowering:
     problem = problem_of(operands)
     kind = str(config.get("kind"))
     if kind not in _KERNELS:
-        raise ValueError(f"fused_linear has no kernel {kind!r}; kinds are gemv, skinny and gemm")
+        raise ValueError(f"fused_linear has no kernel {kind!r}; kinds are {', '.join(_KERNELS)}")
     if kind == "skinny" and problem.m > int(config["block_m"]):
         raise ValueError(f"fused_linear: {problem.m} rows of x do not fit a skinny tile of {config['block_m']}")
-    if kind == "gemm" and problem.normed:
-        raise ValueError("fused_linear: the gemm kernel has no norm in front; normalize x before it")
+    if kind in ("gemm", "tma") and problem.normed:
+        raise ValueError(f"fused_linear: the {kind} kernel has no norm in front; normalize x before it")
+    if kind == "tma" and not problem.tileable:
+        raise ValueError("fused_linear: the copy engine takes none of these operands")
     apart = bool(config.get("apart"))
     scratch: dict[str, Scratch] = {}
     calls: list[KernelCall] = []
     if apart:
         scratch["rows"] = Scratch((problem.m, problem.k), operands.tensors["x"].dtype)  # type: ignore[union-attr]
         calls.append(_norm(operands, problem))
+    if kind == "tma" and problem.activation:
+        scratch["product"] = Scratch((problem.m, problem.n), problem.dtype)
     calls.append(_product(operands, problem, config, problem.normed and not apart, scratch))
+    if "product" in scratch:
+        calls.append(_activation(operands, problem))
     return Lowering(tuple(calls), scratch)
 
 
@@ -83,6 +99,25 @@ def _norm(operands: Operands, problem: Problem) -> KernelCall:
         num_warps=4 if problem.k <= 4096 else 8,
         dependent=True,
         label=f"fused_linear norm of {problem.m}x{problem.k}",
+    )
+
+
+def _activation(operands: Operands, problem: Problem) -> KernelCall:
+    """The gated activation alone, from the scratch "product"."""
+    block = min(1024, power_of_two(problem.columns))
+    return KernelCall(
+        function=activate_product,
+        grid=(problem.m, math.ceil(problem.columns / block), 1),
+        pointers={"product": "product", "out": "out"},
+        constants={
+            "COLUMNS": problem.columns,
+            "ACTIVATION": problem.activation,
+            "GATE_FIRST": bool(operands.values["gate_first"]),
+            "BLOCK": block,
+            "PDL": True,
+        },
+        dependent=True,
+        label=f"fused_linear {problem.activation} of {problem.m}x{problem.n}",
     )
 
 
@@ -129,6 +164,12 @@ def _product(
         tiles = math.ceil(problem.m / block_m) * math.ceil(problem.columns / (block_n // problem.gated))
         constants |= {"BLOCK_M": block_m, "GROUP": int(config["group"]), "SPLITS": splits}
         rows = block_n
+    elif kind == "tma":
+        tiles = int(config["programs"])
+        # The copy engine counts for itself, and an activation comes behind.
+        for name in ("WIDE_OFFSETS", "ACTIVATION", "GATE_FIRST"):
+            del constants[name]
+        constants |= {"BLOCK_M": int(config["block_m"]), "GROUP": int(config["group"]), "PROGRAMS": tiles}
     else:
         pointers["gain"] = "norm_weight" if normed else "x"
         paired = kind == "gemv" and problem.paired
@@ -156,7 +197,7 @@ def _product(
     return KernelCall(
         function=_KERNELS[kind],
         grid=(tiles * splits, 1, 1),
-        pointers=pointers | {"out": "out"},
+        pointers=pointers | {"out": "product" if "product" in scratch else "out"},
         constants=constants,
         num_warps=int(config["num_warps"]),
         num_stages=int(config["num_stages"]),

@@ -66,6 +66,15 @@ _GEMM_TILES = (
     (64, 64, 128, 4, 4, 0.50),
 )
 _MOST_GEMMS = 3
+# For the copy engine: rows of x, rows of the weight, columns a step, warps, stages.
+_TMA_TILES = (
+    (128, 256, 64, 8, 4),
+    (128, 256, 64, 8, 3),
+    (256, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 4),
+)
+_MOST_TMA = 3
 # float32 has no tensor cores here: exact products on the plain cores, small tiles.
 _SKINNY_EXACT = ((32, 128, 4, 3, 2, False), (16, 128, 4, 3, 1, True), (64, 64, 4, 3, 0, False))
 _GEMM_EXACT = ((64, 64, 16, 4, 3, 1.0), (128, 64, 16, 8, 3, 1.0), (32, 64, 32, 4, 3, 0.8))
@@ -169,6 +178,25 @@ def gemm_configs(problem: Problem) -> list[Config]:
             cost = max(product, operands, n * k * item / _MEMORY_RATE) + adding
             found[block_m, block_n, warps, stages, splits] = (cost, config)
     return [config for _cost, config in sorted(found.values(), key=lambda pair: pair[0])][:_MOST_GEMMS]
+
+
+def tma_configs(problem: Problem) -> list[Config]:
+    """`block_m`, `block_n`, `block_k`, `group`, `programs`: see `tma_gemm`; none where the copy engine does not fit."""
+    if not problem.tileable:
+        return []
+    found: list[Config] = []
+    for block_m, block_n, block_k, warps, stages in _TMA_TILES:
+        # Half a tile's result, and as much of what is added to it, are in shared memory beside the operands.
+        ends = (1 + ("residual" in problem.flags)) * block_m * block_n // 2
+        tiles = math.ceil(problem.m / block_m) * math.ceil(problem.n / block_n)
+        if (stages * (block_m + block_n) * block_k + ends) * problem.item_bytes + 1024 <= SHARED_BYTES:
+            found.append({
+                "kind": "tma", "block_m": block_m, "block_n": block_n, "block_k": block_k, "group": 8,
+                "programs": min(tiles, MULTIPROCESSORS), "num_warps": warps, "num_stages": stages,
+            })  # fmt: skip
+    # With fewer tiles than multiprocessors smaller ones are better.
+    found.sort(key=lambda c: math.ceil(problem.m / int(c["block_m"])) * math.ceil(problem.n / int(c["block_n"])) < 100)
+    return found[:_MOST_TMA]
 
 
 def split_count(most: int, steps: int) -> int:

@@ -21,7 +21,8 @@ class Problem:
     """What a call asks for: m rows of x [m, k] times weight [n, k], the result [m, columns]; strides in elements.
 
     `flags` name what is fused. `paired`: x, weight and the norm's weight can be read as pairs of bfloat16. `askable`:
-    rows of the weight start at multiples of 16 bytes, as the instruction that asks for them into L2 wants.
+    rows of the weight start at multiples of 16 bytes, as the instruction that asks for them into L2 wants. `tileable`:
+    rows of x, weight and result do, and lie dense, as the copy engine wants, and its kernel knows what is fused.
     """
 
     m: int
@@ -37,6 +38,7 @@ class Problem:
     flags: tuple[str, ...]
     paired: bool
     askable: bool
+    tileable: bool
 
     @property
     def gated(self) -> int:
@@ -83,6 +85,9 @@ def problem_of(operands: Operands) -> Problem:
     x_stride = _row_stride("x", x)
     read = [spec for spec in (x, weight, gain) if spec is not None]
     pairs = all(spec.dtype == "bfloat16" and spec.aligned for spec in read) and k % 2 == x_stride % 2 == 0
+    item = ITEM_BYTES[x.dtype]
+    lined_up = x.aligned and weight.aligned and all(length * item % 16 == 0 for length in (k, x_stride, columns))
+    plain = not activation or (bias is None and residual is None)
     notes = {"norm": gain, activation: activation, "bias": bias, "residual": residual, "wide": wide}
     return Problem(
         m=m,
@@ -97,6 +102,7 @@ def problem_of(operands: Operands) -> Problem:
         activation=activation,
         flags=tuple(name for name, present in notes.items() if present),
         paired=pairs,
+        tileable=lined_up and plain and not wide and gain is None and x.dtype != "float32",
         askable=weight.aligned and k * ITEM_BYTES[x.dtype] % 16 == 0,
     )
 

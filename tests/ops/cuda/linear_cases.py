@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from ingot.runtime.ops import fused_reference
 from ingot.runtime.ops.cuda import linear
 from ingot.runtime.ops.cuda.spec import Config, KernelCall, Lowering, Operands, TensorSpec
@@ -65,6 +66,9 @@ CASES = (
     Case(100, 66, 70, FP32, activation="gelu_tanh", gate_first=False, residual=True),
     Case(200, 132, 64, FP16, activation="gelu"),
     Case(300, 140, 64, wide=True),
+    Case(150, 264, 136, bias=True, residual=True, strided=True),
+    Case(130, 528, 200, activation="silu", gate_first=False, strided=True),
+    Case(600, 256, 72, FP16, activation="gelu_tanh"),
 )
 
 
@@ -105,6 +109,8 @@ def launch(call: KernelCall, tensors: dict[str, torch.Tensor]) -> None:
     options: dict[str, Any] = {"num_warps": call.num_warps, "num_stages": call.num_stages}
     if gpu:
         options["launch_pdl"] = call.dependent
+        # Where kernels make tensor descriptors; an engine's arena has that memory.
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     pointers = {parameter: tensors[name] for parameter, name in call.pointers.items()}
     call.function[call.grid](**pointers, **constants, **options)
 
@@ -164,9 +170,10 @@ def _configs(operands: Operands, device: str) -> list[Config]:
     configs = linear.candidates(operands)
     weight = operands.tensors["weight"]
     assert weight is not None
-    steps = -(-weight.shape[1] // int(configs[0]["block_k"]))
-    if configs[0]["kind"] == "gemm" and steps % 2 == 0:
-        configs = [*configs, {**configs[0], "splits": 2}]
+    gemm = next((config for config in configs if config["kind"] == "gemm"), None)
+    steps = -(-weight.shape[1] // int((gemm or configs[0])["block_k"]))
+    if gemm is not None and steps % 2 == 0:
+        configs = [*configs, {**gemm, "splits": 2}]
     if device != "cpu":
         return configs
     same = {"num_warps": 0, "num_stages": 0, "ahead": 0, "wave": 0}

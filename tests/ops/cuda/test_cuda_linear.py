@@ -125,8 +125,11 @@ def test_candidates_are_few_different_and_fit(layer, m, dtype):
     assert 1 <= len(configs) <= MOST_CANDIDATES
     assert len({json.dumps(config, sort_keys=True) for config in configs}) == len(configs)
     kinds = {config["kind"] for config in configs}
-    assert kinds == ({"gemm"} if m > 64 else {"gemv"} if m == 1 else {"gemv", "skinny"} if m <= 4 else {"skinny"})
+    assert kinds - {"tma"} == (
+        {"gemm"} if m > 64 else {"gemv"} if m == 1 else {"gemv", "skinny"} if m <= 4 else {"skinny"}
+    )
     item = 4 if dtype == "float32" else 2
+    assert ("tma" in kinds) == (m > 64 and item == 2 and not {"bias", "wide"} & fused.keys() and k % 8 == 0)
     for config in configs:
         blocks: Any = config
         if config["kind"] != "gemv":
@@ -134,8 +137,10 @@ def test_candidates_are_few_different_and_fit(layer, m, dtype):
             tile = blocks["block_m"] + blocks["block_n"] * halves
             assert blocks["num_stages"] * tile * blocks["block_k"] * item <= HOPPER_SHARED_BYTES
         lowering = linear.lower(operands, config)
-        *before, call = lowering.calls
-        assert len(before) == bool(config.get("apart"))
+        behind = config["kind"] == "tma" and "activation" in fused
+        assert len(lowering.calls) == 1 + bool(config.get("apart")) + behind
+        call = lowering.calls[-2 if behind else -1]
+        before = [other for other in lowering.calls if other is not call]
         assert call.read_bytes == n * k * item and not any(other.read_bytes for other in before)
         named = {name for name, spec in operands.tensors.items() if spec} | {"out"} | set(lowering.scratch)
         for each in lowering.calls:
@@ -231,13 +236,15 @@ def test_hopper_code_is_vectorized_and_spills_nothing(layer, m, tmp_path):
             before, after = kernel.asm["ptx"].split("griddepcontrol.wait", 1)
             assert "griddepcontrol.launch_dependents" in before
             assert "st.global" not in before
+            if call.function.__name__ == "tma_gemm":
+                assert "cp.async.bulk.tensor" in after and "wgmma.mma_async" in after
         asks = bool(config.get("ahead") or config.get("wave"))
         assert ("cp.async.bulk.prefetch.L2" in before) == asks
         if m == 1:
             # Nothing of the weight is read narrower than 16 bytes a thread.
             assert not re.search(r"ld\.global\S*evict_first(?!\S*v4\.b32)", before + after)
             _held_before_the_wait(call, inspect("nvdisasm", ["-c"], kernel.asm["cubin"], tmp_path), asks)
-        else:
+        elif config["kind"] != "tma":
             assert re.search(r"cp\.async\.cg\.shared\.global \[[^,]*, \[[^,]*, 0x10", after)
             assert "cp.async.ca" not in after
             assert "wgmma.mma_async" in after
@@ -262,4 +269,15 @@ def test_a_weight_that_a_launch_may_write_is_read_after_the_wait(m):
         lowering = linear.lower(unstable, linear.candidates(unstable)[0])
         code = compile_for_hopper(lowering.calls[-1], unstable, lowering).asm["ptx"]
         before, _after = code.split("griddepcontrol.wait", 1)
-        assert not re.search(r"ld\.global|cp\.async|prefetch", before)
+        assert not re.search(r"ld\.global|cp\.async(?!\.bulk\.(commit|wait))|prefetch", before)
+
+
+def test_descriptors_of_the_copy_engine_lie_in_memory_of_their_own():
+    from ingot.compiler.backends.cuda.kernels import KernelStore
+
+    operands = operands_of(200, 256, 128)
+    config = next(c for c in linear.candidates(operands) if c["kind"] == "tma")
+    (call,) = linear.lower(operands, config).calls
+    kernel = KernelStore(90).add(call, [torch.bfloat16] * len(call.pointers), [True] * len(call.pointers))
+    # x, weight and result, 128 bytes each, for every program; behind it one pointer that is null.
+    assert (kernel.scratch_bytes, kernel.hidden) == (3 * 128, 1)
