@@ -61,6 +61,11 @@ def probe_cuda(library: str = "libcuda.so.1") -> CudaHost:
     return CudaHost("", count.value, (major.value, minor.value), name.value.decode(errors="replace"), bindings)
 
 
+def architecture(capability: int) -> str:
+    """What Triton compiles for: from Hopper on with the features of one capability, whose code runs there alone."""
+    return f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+
+
 def check_cuda(isa: tuple[str, ...], host: CudaHost | None = None) -> list[str]:
     """The reasons why cubins for these compute capabilities ("sm_90") do not run here, each a sentence.
 

@@ -49,7 +49,7 @@ def ensure_artifact(
         manifest = load_manifest(folder)
         return manifest, _kept(folder, manifest)
     print(f"{subject.name}: building ({reason})", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "ingot.compiler.cli", "build", str(recipe.file), "-o", str(folder)]
+    command = [sys.executable, "-m", "ingot.compiler.cli", "build", str(recipe.file), "-o", str(folder), "--no-cache"]
     command += ["--force", "--json"]
     command += [word for setting in subject.settings for word in ("--set", setting)]
     if recipe.model_folder is not None:

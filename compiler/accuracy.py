@@ -19,6 +19,8 @@ import numpy as np
 
 from ..artifacts.manifest import Manifest
 from ..passes.quantize.schemes import SCHEMES
+from .cache.inputs import ACCURACY_TEXT
+from .facts import BuildFacts
 from .gate import Budget, GateTokens, budget_for, replay_in_child
 from .metrics import Fidelity, FidelityMeter
 from .plan import Plan
@@ -26,7 +28,6 @@ from .recipe import Recipe
 from .recipe_parse import read_text
 from .reference_model import ReferenceModel
 
-DEFAULT_TEXT = Path(__file__).resolve().parent.parent / "recipes" / "accuracy.txt"
 _WINDOW = 512
 _REFERENCE_BYTES = 1 << 28  # logits of the reference that are held at once
 _BUCKETS = 8  # of positions in a window
@@ -55,12 +56,6 @@ class Windows:
     def digest(self) -> str:
         """Equal for equal tokens: figures over different ones cannot be compared."""
         return hashlib.sha256(json.dumps([self.sequences, self.prompts]).encode()).hexdigest()
-
-
-def is_lossy(plan: Plan) -> bool:
-    """Whether an artifact of this plan can differ from float32 by more than the order of additions."""
-    changed = (r for records in plan.records.values() for r in records if not r.exact and r.changed)
-    return plan.recipe.model.dtype != "float32" or any(changed)
 
 
 def scheme(recipe: Recipe) -> str:
@@ -95,7 +90,7 @@ def cut(source: str, ids: Sequence[int], lead: Sequence[int], positions: int, ma
     return Windows(source, sequences, prompts)
 
 
-def accuracy_windows(plan: Plan, tokenizer: Path | None) -> Windows:
+def accuracy_windows(plan: Plan | BuildFacts, tokenizer: Path | None) -> Windows:
     """The recipe's text in windows; random tokens, from the gate's seed, where the model has no tokenizer."""
     recipe = plan.recipe
     wanted, longest = recipe.gate.accuracy_tokens, recipe.model.max_length
@@ -109,8 +104,8 @@ def accuracy_windows(plan: Plan, tokenizer: Path | None) -> Windows:
     loaded.no_truncation()
     probe = loaded.encode("a")
     lead = [i for i, _ in zip(probe.ids, _leading(probe.special_tokens_mask))]
-    ids = loaded.encode(read_text(path or DEFAULT_TEXT), add_special_tokens=False).ids
-    return cut(recipe.gate.accuracy_text or DEFAULT_TEXT.name, ids, lead, wanted, longest)
+    ids = loaded.encode(read_text(path or ACCURACY_TEXT), add_special_tokens=False).ids
+    return cut(recipe.gate.accuracy_text or ACCURACY_TEXT.name, ids, lead, wanted, longest)
 
 
 def _leading(mask: Sequence[int]) -> Iterator[int]:
@@ -120,7 +115,7 @@ def _leading(mask: Sequence[int]) -> Iterator[int]:
         yield special
 
 
-def measure(plan: Plan, load: Load, root: Path, manifest: Manifest, windows: Windows) -> dict[str, Any]:
+def measure(plan: Plan | BuildFacts, load: Load, root: Path, manifest: Manifest, windows: Windows) -> dict[str, Any]:
     """Run the artifact and eager transformers over the windows.
 
     Args:
@@ -219,8 +214,3 @@ def shortfalls(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     })  # fmt: skip
     eager = Fidelity(**{k: v for k, v in report["eager"].items() if k != "dtype"}) if report["eager"] else None
     return Budget(None, budget.mean_kl, budget.top1).shortfalls(slack, eager)
-
-
-def summary(report: dict[str, Any]) -> dict[str, Any]:
-    """What of the report goes into the manifest."""
-    return {key: value for key, value in report.items() if key not in ("kl_by_position", "worst")}

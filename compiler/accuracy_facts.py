@@ -93,3 +93,8 @@ def task_text(gate: dict[str, Any]) -> str:
     return text + (
         f" (eager float32: {found['reference_exact_match']:.1%})" if "reference_exact_match" in found else ""
     )
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """What of the report goes into the manifest."""
+    return {key: value for key, value in report.items() if key not in ("kl_by_position", "worst")}

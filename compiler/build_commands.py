@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 from ..artifacts.errors import GateError, IngotError, UsageError
 from ..artifacts.writer import check_destination
 from .artifact_commands import describe, print_artifact
+from .cache.location import open_session
+from .cache.session import DEFAULT_MAX_BYTES
+from .cache_commands import print_steps, size_bytes
 from .console import open_progress, print_table, size_text
 from .model_source import check_output
 from .quiet import quiet_libraries
@@ -35,19 +38,25 @@ def build(args: argparse.Namespace) -> int:
     recipe.check_source()
     check_output(recipe, output)
     check_destination(output, args.force)
+    size = DEFAULT_MAX_BYTES if args.cache_size is None else size_bytes(args.cache_size)
     with open_progress(args.json) as progress, quiet_libraries(not args.debug):
         from .builder import build as build_artifact
 
-        passes = _pipeline(args.plant)
+        session = open_session(args.cache_dir, not args.no_cache, args.explain, progress.log, size)
         result = build_artifact(
-            recipe, output, force=args.force, dump_ir=args.dump_ir, progress=progress, passes=passes
-        )
+            recipe, output, force=args.force, dump_ir=args.dump_ir, progress=progress,
+            passes=None if args.plant is None else _pipeline(args.plant), cache=session, tuning=args.tuning_cache,
+        )  # fmt: skip
+        session.close()
     facts = describe(result.manifest)
     if args.json:
         seconds = {name: round(value, 3) for name, value in result.stages.items()}
-        print(json.dumps({"path": str(output), **facts, "stage_seconds": seconds}))
+        steps = [dataclasses.asdict(step) for step in result.steps]
+        print(json.dumps({"path": str(output), **facts, "stage_seconds": seconds, "cache": steps}))
         return 0
     print_artifact(facts)
+    if args.explain:
+        print_steps(result.steps)
     print_table("time", ("stage", "seconds"), [(name, round(value, 1)) for name, value in result.stages.items()])
     print(f'wrote {output} ({size_text(facts["total_bytes"])}); try: ingot run {output} "…"')
     return 0
@@ -114,9 +123,11 @@ def _dry_run(recipe: Recipe, output: Path, as_json: bool) -> int:
 
     names = [item.name for item in select(recipe.passes.skip)]
     engines = [dataclasses.asdict(engine) for engine in recipe.engines()]
-    from .plan import check_recipe
+    from .quantization import check_target
+    from .recipe_check import check_files
 
-    check_recipe(recipe)
+    check_target(recipe)
+    check_files(recipe)
     problem, model = _look_at_model(recipe, output)
     if as_json:
         plan = {"recipe": recipe.to_dict(), "output": str(output), "engines": engines, "passes": names, "model": model}

@@ -1,46 +1,57 @@
-"""The story of a build, top to bottom: recipe, trace, passes, weights, engines, gate, artifact."""
+"""The story of a build, top to bottom: recipe, trace, passes, weights, engines, gate, artifact.
+
+Every stage is looked up in the build cache first (stages.py); what is only needed to make one is imported when it is.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts.errors import GateError, ResourceError, UsageError
 from ..artifacts.manifest import Manifest
 from ..artifacts.store import ArtifactWriter
 from ..artifacts.trust import record_build
-from ..passes.base import GraphPass
-from ..passes.graph import TracedGraph
-from ..passes.instruments import PassRecord
-from . import accuracy
-from . import gate as numeric_gate
+from .accuracy_facts import summary
 from .assets import write_assets
+from .cache.session import Session, Step
 from .console import Progress
-from .engines import compile_all, require_gpu
-from .gate import GateTokens
-from .model_weights import ModelWeights, open_weights
-from .pipelines import PIPELINE, select
-from .plan import Plan, check_recipe, make_plan
+from .engines import require_gpu
+from .facts import BuildFacts
+from .model_source import resolve_source
 from .provenance import attestations
 from .recipe import Recipe
+from .recipe_check import check_files
 from .record import draft_manifest, listed, reports
-from .weights_file import Spec, write_weights
+from .stages import Stages
+
+if TYPE_CHECKING:
+    from ..passes.base import GraphPass
+    from .gate import GateResult, GateTokens
+    from .workshop import Workshop
 
 
 @dataclass
 class BuildResult:
-    """A finished build."""
+    """A finished build.
+
+    Attributes:
+        stages: seconds by part of the build; steps: how each stage fared with the cache.
+        records: what each pass did, by engine.
+    """
 
     path: Path
     manifest: Manifest
-    stages: dict[str, float] = field(default_factory=dict)  # seconds
-    records: dict[str, list[PassRecord]] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
+    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     task: dict[str, Any] | None = None
+    steps: list[Step] = field(default_factory=list)
 
 
 def build(
@@ -50,75 +61,88 @@ def build(
     force: bool = False,
     dump_ir: Path | None = None,
     progress: Progress,
-    passes: Sequence[GraphPass] = PIPELINE,
+    passes: Sequence[GraphPass] | None = None,
+    cache: Session | None = None,
+    tuning: Path | None = None,
 ) -> BuildResult:
     """Compile a recipe into the artifact folder `output`.
 
     The old artifact there stays until the new one is whole. Returns what was built.
 
+    Args:
+        passes: another pipeline than the product's; such a build is not cached.
+        cache: where stages are looked up and kept; None makes everything anew.
+        tuning: a file of measured CUDA kernel configurations, to replay and add to.
+
     Raises:
         UsageError (2), UnsupportedModelError (3), GateError (4), ResourceError (5).
     """
-    check_recipe(recipe)
+    check_files(recipe)
     if recipe.target.device == "cuda":
         require_gpu()
     clock = _Clock()
     started = datetime.now(UTC).isoformat(timespec="seconds")
+    source = resolve_source(recipe)
+    session = cache if cache is not None and passes is None else Session(None)
+
+    @functools.cache
+    def workshop() -> Workshop:
+        from .workshop import Workshop
+
+        return Workshop(recipe, source, dump_ir, passes)
+
+    stages = Stages(recipe, source, session, workshop, progress, retrace=dump_ir is not None, tuning=tuning)
     with clock("trace and passes"):
-        plan, model = make_plan(recipe, progress, dump_ir, passes)
-    weights = open_weights(model, plan.folder, recipe.model.dtype, recipe.model.seed)
-    del model
-    _refuse_own_source(output, plan.folder)
+        facts = stages.trace()
+    _refuse_own_source(output, facts.folder)
     with ArtifactWriter(output, force) as writer:
         root = writer.root
         for name in ("engines", "weights", "report"):
             (root / name).mkdir()
-        manifest = draft_manifest(plan, weights)
-        with clock("weights"), progress.stage("weights"):
-            files = _write_weights(root / "weights", plan, weights)
-        has_tokenizer = write_assets(plan.config, plan.folder, root, manifest.model.vocab_size)
+        with clock("weights"):
+            weights = stages.weights(facts, root)
+        manifest = draft_manifest(facts, weights["checkpoint"])
+        has_tokenizer = write_assets(facts.config, facts.folder, root, manifest.model.vocab_size)
         with clock("engines"):
-            engines = compile_all(plan, root, progress)
+            engines = stages.engines(facts, root)
         target = replace(manifest.target, host_library=engines.host_library)
-        paths = tuple(f"weights/{f}" for f in files)
+        paths = tuple(f"weights/{f}" for f in weights["files"])
         manifest = replace(manifest, target=target, engines=engines.entries, weights=paths)
         tokenizer = root / "tokenizer.json" if has_tokenizer else None
-        tokens = numeric_gate.plan_tokens(plan, tokenizer)
-        with clock("gate"), progress.stage("numeric gate"):
-            result = _gate(plan, weights, root, manifest, tokens)
-        if not result.passed:
-            _fail(plan, weights, tokens, result, progress, passes)
-        lossy = accuracy.is_lossy(plan)
-        measured = None
-        if lossy and recipe.gate.accuracy_tokens:
-            with clock("accuracy"), progress.stage("accuracy"):
-                windows = accuracy.accuracy_windows(plan, tokenizer)
-                measured = accuracy.measure(plan, weights.load, root, listed(root, manifest), windows)
-            result.report["accuracy"] = accuracy.summary(measured)
-            _judge_accuracy(recipe, measured)
-        task = None
+        with clock("gate"):
+            gate = stages.gate(
+                facts, root, lambda: _gate(facts, workshop(), listed(root, manifest), root, tokenizer, progress)
+            )
+        measured, task = None, None
+        if facts.lossy and recipe.gate.accuracy_tokens:
+            with clock("accuracy"):
+                measured = stages.accuracy(
+                    root, lambda: _accuracy(facts, workshop(), listed(root, manifest), root, tokenizer)
+                )
+            gate = {**gate, "accuracy": summary(measured)}
         if recipe.gate.task:
-            from .task import run_task
-
-            with clock("task"), progress.stage("task"):
-                task = run_task(plan, root, listed(root, manifest), weights.load if lossy else None)
-            result.report["task"] = task
+            with clock("task"):
+                task = stages.task(facts, root, lambda: listed(root, manifest))
+            gate = {**gate, "task": task}
             _judge_task(task)
-        written = reports(plan, result.report)
+        written = reports(facts, gate)
         if measured:
             written["accuracy"] = measured
         if engines.tuning:
             written["tuning"] = engines.tuning
-        manifest = replace(manifest, passes=written["passes"], gate=result.report)
+        manifest = replace(manifest, passes=written["passes"], gate=gate)
         for name, value in written.items():
             (root / "report" / f"{name}.json").write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        records = {name: known.records for name, known in facts.engines.items()}
         with clock("publish"), progress.stage("digest and publish"):
-            manifest = writer.commit(manifest, lambda final: attestations(final, started, clock.seconds, plan.records))
+            manifest = writer.commit(
+                manifest, lambda final: attestations(final, started, clock.seconds, records, session.steps)
+            )
     try:
         record_build(manifest.digest())
     except ResourceError as error:
         progress.log(f"{error}\nIt runs here with --trust digest:sha256:{manifest.digest()} only.")
-    return BuildResult(output, manifest, clock.seconds, plan.records, task)
+    return BuildResult(output, manifest, clock.seconds, records, task, session.steps)
 
 
 class _Clock:
@@ -150,50 +174,37 @@ def _refuse_own_source(output: Path, folder: Path | None) -> None:
         )
 
 
-def _write_weights(folder: Path, plan: Plan, weights: ModelWeights) -> list[str]:
-    """One file set for all engines: a name must mean the same weight in each of them."""
-    specs: dict[str, Spec] = {}
-    owners: dict[str, TracedGraph] = {}
-    for graph in plan.graphs.values():
-        for name, expression in graph.weights.entries.items():
-            held = getattr(graph.gm, name)
-            if name in owners and owners[name].weights.entries[name] != expression:
-                raise ValueError(f"two engines mean different things by weight {name}")
-            specs[name] = Spec(tuple(held.shape), held.dtype)
-            owners[name] = graph
-    return write_weights(folder, specs, lambda name: owners[name].weights.evaluate(name, weights.load))
-
-
 def _gate(
-    plan: Plan, weights: ModelWeights, root: Path, manifest: Manifest, tokens: GateTokens
-) -> numeric_gate.GateResult:
-    recipe, pairs = plan.recipe, numeric_gate.engine_pairs(plan.recipe)
-    found = numeric_gate.replay_in_child(root, listed(root, manifest), pairs, tokens)
-    device = recipe.target.device
-    reference = numeric_gate.reference_logits(plan.config, weights.load, tokens, device)
+    facts: BuildFacts, workshop: Workshop, manifest: Manifest, root: Path, tokenizer: Path | None, progress: Progress
+) -> dict[str, Any]:
+    """Run the numeric gate; its report. Raises GateError where it fails, and names the pass."""
+    from . import gate as numeric_gate
+
+    recipe, load = facts.recipe, workshop.weights.load
+    tokens = numeric_gate.plan_tokens(facts, tokenizer)
+    pairs = numeric_gate.engine_pairs(recipe)
+    found = numeric_gate.replay_in_child(root, manifest, pairs, tokens)
+    reference = numeric_gate.reference_logits(facts.config, load, tokens, recipe.target.device)
     result = numeric_gate.judge(recipe, pairs, found, reference, None, tokens)
-    if result.passed:
-        return result
-    # Only now is it worth the time to ask how far the model's own dtype is off.
-    eager = numeric_gate.eager_logits(plan.config, recipe, weights.load, tokens)
-    return result if eager is None else numeric_gate.judge(recipe, pairs, found, reference, eager, tokens)
+    if not result.passed:
+        # Only now is it worth the time to ask how far the model's own dtype is off.
+        eager = numeric_gate.eager_logits(facts.config, recipe, load, tokens)
+        result = result if eager is None else numeric_gate.judge(recipe, pairs, found, reference, eager, tokens)
+    if not result.passed:
+        _fail(workshop, tokens, result, progress)
+    return result.report
 
 
-def _fail(
-    plan: Plan,
-    weights: ModelWeights,
-    tokens: GateTokens,
-    result: numeric_gate.GateResult,
-    progress: Progress,
-    passes: Sequence[GraphPass],
-) -> None:
+def _fail(workshop: Workshop, tokens: GateTokens, result: GateResult, progress: Progress) -> None:
     """The gate failed: find the pass, and say all of it."""
     from .bisect import find_culprit
+    from .pipelines import select
 
     try:
-        with progress.stage("bisecting the passes"):
-            chosen = select(plan.recipe.passes.skip, passes)
-            culprit = find_culprit(plan, weights.load, tokens, chosen, result.failed_pair, result.worst)
+        progress.update("bisecting the passes")
+        plan = workshop.plan()
+        chosen = select(plan.recipe.passes.skip, workshop.passes)
+        culprit = find_culprit(plan, workshop.weights.load, tokens, chosen, result.failed_pair, result.worst)
         why = f"pass {culprit.name!r} brings the error in: {culprit.detail}" if culprit.name else culprit.detail
     except Exception as error:  # noqa: BLE001 - the gate's own failure must be told, whatever the search meets
         why = f"the search for the pass failed too: {type(error).__name__}: {str(error)[:200]}"
@@ -205,14 +216,22 @@ def _fail(
     )  # fmt: skip
 
 
-def _judge_accuracy(recipe: Recipe, measured: dict[str, Any]) -> None:
-    if missed := accuracy.shortfalls(recipe, measured):
+def _accuracy(
+    facts: BuildFacts, workshop: Workshop, manifest: Manifest, root: Path, tokenizer: Path | None
+) -> dict[str, Any]:
+    """Measure what was lost; the accuracy report. Raises GateError where it is more than the budgets."""
+    from . import accuracy
+
+    windows = accuracy.accuracy_windows(facts, tokenizer)
+    measured = accuracy.measure(facts, workshop.weights.load, root, manifest, windows)
+    if missed := accuracy.shortfalls(facts.recipe, measured):
         raise GateError(
             f"the accuracy falls short: {'; '.join(missed)}",
             f"measured on {measured['positions']} tokens of {measured['text']}, scheme {measured['scheme']}",
             "use a more exact scheme, quantize fewer weights (quantization.ignore), or change gate.budgets if this loss"
             " is meant",
         )
+    return measured
 
 
 def _judge_task(task: dict[str, Any]) -> None:

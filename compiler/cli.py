@@ -110,6 +110,10 @@ def _call(args: argparse.Namespace) -> int:
         from . import ship_commands
 
         return {"push": ship_commands.push, "pull": ship_commands.pull}[args.command](args)
+    if args.command == "cache":
+        from .cache_commands import cache
+
+        return cache(args)
     from . import build_commands
 
     return {
@@ -138,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
             "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a recipe key"
         )
 
+    def takes_cache(added: argparse.ArgumentParser) -> None:
+        help_text = "default: $XDG_CACHE_HOME/ingot or ~/.cache/ingot"
+        added.add_argument("--cache-dir", type=Path, metavar="DIR", help=help_text)
+
     build = command("build", "compile a recipe into an artifact")
     takes_recipe(build)
     build.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: artifacts/built/NAME")
@@ -146,6 +154,15 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--force", action="store_true", help="replace an existing artifact")
     build.add_argument("--plant", metavar="FAULT", help="put a known fault into the pipeline, to see the gate catch it")
     build.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph after each pass that changed it")
+    build.add_argument("--explain", action="store_true", help="say of each stage why it was or was not in the cache")
+    build.add_argument("--no-cache", action="store_true", help="make everything anew, and keep nothing")
+    takes_cache(build)
+    build.add_argument(
+        "--cache-size", metavar="SIZE", help="remove what was used least recently beyond it (default 50GB)"
+    )
+    build.add_argument(
+        "--tuning-cache", type=Path, metavar="FILE", help="CUDA: replay the measured choices in this file, add new ones"
+    )
     _run_options(command("run", "generate text from an artifact"))
     command("inspect", "say what an artifact is").add_argument("artifact", type=Path, metavar="ARTIFACT")
     verify = command("verify", "check an artifact against its manifest, and who signed it")
@@ -167,6 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     takes_recipe(bisect)
     bisect.add_argument("--model", metavar="DIR_OR_HUB_ID", help="as in build")
     bisect.add_argument("--plant", metavar="FAULT", help="put a known fault into the pipeline first, to see it found")
+    cache = command("cache", "look at the build cache, verify it, or make it smaller")
+    cache.add_argument("action", choices=("ls", "verify", "gc"), help="list entries, digest them all, or remove some")
+    takes_cache(cache)
+    cache.add_argument("--max-size", metavar="SIZE", help="gc: what may stay, for example 20GB (default 50GB)")
     families = command("families", "compare model families with transformers, token by token")
     families.add_argument("names", nargs="*", metavar="FAMILY", help="default: all")
     families.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what the engines are compiled for")

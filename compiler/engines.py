@@ -1,71 +1,49 @@
-"""From planned graphs to engines in the artifact's folder: the back end is chosen by the recipe's target."""
+"""From planned graphs to engines in the artifact's folder, and to what the manifest says of them.
+
+Back ends are imported when they compile: engines out of the build cache need none.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts.errors import ResourceError
 from ..artifacts.manifest import Constant, EngineEntry
 from ..runtime.engines.plan_layout import engine_memory_bytes
-from .backends.aoti import compile_engine, input_buffers, missing_symbols, output_buffers
-from .backends.cpu_kernels import compile_kernels
 from .console import Progress
-from .plan import Plan
+from .facts import EngineFacts
+from .recipe import EngineShape
+
+if TYPE_CHECKING:
+    from ..passes.graph import TracedGraph
+    from .plan import Plan
 
 
-@dataclass(frozen=True)
-class Engines:
-    """What was compiled.
+def compile_cpu(traced: TracedGraph, name: str, folder: Path, isa: str) -> dict[str, Any]:
+    """Compile one planned graph to `folder`/NAME.so, beside kernels.so.
 
-    Attributes:
-        host_library: who hosts the engines' tensors on the CPU: the artifact's own kernels ("none"), or libtorch.
-        tuning: kernel configurations chosen by measuring, for the manifest.
-    """
-
-    entries: tuple[EngineEntry, ...]
-    host_library: str = "none"
-    tuning: dict[str, Any] = field(default_factory=dict)
-
-
-def compile_all(plan: Plan, root: Path, progress: Progress) -> Engines:
-    """Compile every engine of a plan into `root`/engines.
+    Returns:
+        constants: [symbol, weight] each; missing: tensor functions that the kernels do not have.
 
     Raises:
-        ResourceError: the compiler failed, or what it needs is missing. UnsupportedModelError: an op has no kernel.
+        ResourceError: the compiler failed, or what it needs is missing.
     """
-    if plan.recipe.target.device == "cuda":
-        return _compile_cuda(plan, root, progress)
-    return _compile_cpu(plan, root, progress)
+    from .backends import aoti
+
+    constants = aoti.compile_engine(traced, name, folder / f"{name}.so", isa)
+    missing = aoti.missing_symbols(folder / f"{name}.so", folder / "kernels.so")
+    return {"constants": [[c.symbol, c.weight] for c in constants], "missing": missing}
 
 
-def _compile_cpu(plan: Plan, root: Path, progress: Progress) -> Engines:
-    entries = []
-    shapes, isa = plan.recipe.engines(), plan.recipe.target.isa
-    kernels = root / "engines" / "kernels.so"
-    missing: set[str] = set()
-    with progress.stage("compile engines", total=len(shapes) + 1):
-        progress.update("kernels")
-        compile_kernels(kernels, isa=isa)
-        for shape in shapes:
-            progress.update(shape.name, advance=1)
-            graph = plan.graphs[shape.name]
-            file = f"engines/{shape.name}.so"
-            constants = compile_engine(graph, shape.name, root / file, isa)
-            missing.update(missing_symbols(root / file, kernels))
-            inputs, outputs = input_buffers(graph), output_buffers(graph)
-            entries.append(
-                EngineEntry(
-                    shape.name, "aoti", shape.phase, shape.batch, shape.length, file, inputs, outputs, constants,
-                    ("engines/kernels.so",), memory_bytes=0,
-                )
-            )  # fmt: skip
-        if missing:
-            progress.log(f"engines need libtorch at run time for {', '.join(sorted(missing)[:5])}")
-            compile_kernels(kernels, isa=isa, with_shim=False)
-    return Engines(tuple(entries), "libtorch" if missing else "none")
+def cpu_entry(shape: EngineShape, facts: EngineFacts, compiled: dict[str, Any]) -> EngineEntry:
+    """The manifest's entry for what `compile_cpu` made."""
+    constants = tuple(Constant(symbol, weight) for symbol, weight in compiled["constants"])
+    return EngineEntry(
+        shape.name, "aoti", shape.phase, shape.batch, shape.length, f"engines/{shape.name}.so", facts.inputs,
+        facts.outputs, constants, ("engines/kernels.so",), memory_bytes=0,
+    )  # fmt: skip
 
 
 def require_gpu() -> None:
@@ -99,7 +77,18 @@ def require_gpu() -> None:
         )
 
 
-def _compile_cuda(plan: Plan, root: Path, progress: Progress) -> Engines:
+def compile_cuda(plan: Plan, root: Path, progress: Progress, tuning: Path | None = None) -> dict[str, Any]:
+    """Compile all engines of a plan into `root`/engines.
+
+    Args:
+        tuning: where measured choices are kept between builds; None for the user's own file.
+
+    Returns:
+        engines: by name its weights, libraries and arena_bytes; tuning: kernel configurations chosen by measuring.
+
+    Raises:
+        ResourceError: the compiler failed. UnsupportedModelError: an op has no kernel.
+    """
     import torch
 
     from .backends.cuda.engine import compile_engines
@@ -109,22 +98,23 @@ def _compile_cuda(plan: Plan, root: Path, progress: Progress) -> Engines:
     major, minor = torch.cuda.get_device_capability()
     store = KernelStore(10 * major + minor)
     autotune = plan.recipe.target.autotune
-    tuner = Tuner(store, default_cache() if autotune else None, progress.update)
-    with progress.stage("compile engines", total=len(plan.graphs)):
-        files = compile_engines(
-            plan.graphs, root, tuner, store, lambda name: progress.update(name, advance=1),
-            tuner.prepare if autotune else None,
-        )  # fmt: skip
+    tuner = Tuner(store, (tuning or default_cache()) if autotune else None, progress.update)
+    files = compile_engines(
+        plan.graphs, root, tuner, store, lambda name: progress.update(name, advance=1),
+        tuner.prepare if autotune else None,
+    )  # fmt: skip
     tuner.save()
-    entries = []
-    for shape in plan.recipe.engines():
-        graph, built = plan.graphs[shape.name], files[shape.name]
-        inputs, outputs = input_buffers(graph), output_buffers(graph)
-        entries.append(
-            EngineEntry(
-                shape.name, "plan", shape.phase, shape.batch, shape.length, f"engines/{shape.name}.plan.json",
-                inputs, outputs, tuple(Constant(w, w) for w in built.weights), built.libraries,
-                engine_memory_bytes(inputs, outputs, built.plan.arena_bytes),
-            )
-        )  # fmt: skip
-    return Engines(tuple(entries), tuning=tuner.chosen)
+    engines = {
+        name: {"weights": f.weights, "libraries": f.libraries, "arena_bytes": f.plan.arena_bytes}
+        for name, f in files.items()
+    }
+    return {"engines": engines, "tuning": tuner.chosen}
+
+
+def cuda_entry(shape: EngineShape, facts: EngineFacts, compiled: dict[str, Any]) -> EngineEntry:
+    """The manifest's entry for one engine of what `compile_cuda` made."""
+    return EngineEntry(
+        shape.name, "plan", shape.phase, shape.batch, shape.length, f"engines/{shape.name}.plan.json",
+        facts.inputs, facts.outputs, tuple(Constant(w, w) for w in compiled["weights"]), tuple(compiled["libraries"]),
+        engine_memory_bytes(facts.inputs, facts.outputs, compiled["arena_bytes"]),
+    )  # fmt: skip

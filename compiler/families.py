@@ -26,13 +26,15 @@ from ..runtime.complete import greedy_tokens
 from .builder import build
 from .console import Progress, SilentProgress
 from .eager_engines import EagerGroup
+from .facts import BuildFacts
 from .gate import run_child
 from .load_model import make_config
-from .model_weights import open_weights
+from .model_source import resolve_source
 from .plan import make_plan
 from .recipe import Recipe
 from .recipe_sections import Gate, ModelSource, Shapes, Target
 from .record import planned_manifest
+from .workshop import Workshop
 
 SUBJECTS = Path(__file__).resolve().parent.parent / "recipes" / "families.toml"
 CHUNK = 16
@@ -119,10 +121,11 @@ def compiled(recipe: Recipe, root: Path, prompts: Tokens) -> tuple[Tokens, Token
 @contextlib.contextmanager
 def eager(recipe: Recipe, root: Path) -> Iterator[LLM]:
     """The recipe's planned graphs without compiling them."""
-    plan, model = make_plan(recipe, SilentProgress())
-    weights = open_weights(model, plan.folder, recipe.model.dtype, recipe.model.seed)
-    manifest: Manifest = planned_manifest(plan, weights, root)
-    with LLM(OpenArtifact(root, manifest), engine_group=EagerGroup(plan.graphs, weights.load)) as llm:
+    shop = Workshop(recipe, resolve_source(recipe))
+    plan = shop.plan()
+    facts = BuildFacts(recipe, plan.folder, {name: shop.facts(name) for name in plan.graphs})
+    manifest: Manifest = planned_manifest(facts, shop.weights.digest(), root)
+    with LLM(OpenArtifact(root, manifest), engine_group=EagerGroup(plan.graphs, shop.weights.load)) as llm:
         yield llm
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..artifacts.manifest import Manifest
+from .facts import BuildFacts
 from .lean_child import run_child
 from .metrics import Distance, Fidelity, compare
 from .plan import Plan
@@ -112,7 +113,7 @@ def gate_tokens(recipe: Recipe, encode: Callable[[str], list[int]] | None, vocab
     return GateTokens(sequences, prompts)
 
 
-def plan_tokens(plan: Plan, tokenizer: Path | None) -> GateTokens:
+def plan_tokens(plan: Plan | BuildFacts, tokenizer: Path | None) -> GateTokens:
     """`gate_tokens` of a plan; `tokenizer` is its model's tokenizer.json, checked before, where there is one."""
     window = max((layer.window for layer in plan.cache_layers), default=0)
     if tokenizer is None:

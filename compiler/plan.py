@@ -26,7 +26,7 @@ from .model_source import resolve_source
 from .pipelines import PIPELINE, select
 from .quantization import check_shapes, check_target, groups_of
 from .recipe import EngineShape, Recipe
-from .task_file import read_task
+from .recipe_check import check_files
 from .trace import trace
 
 
@@ -65,13 +65,42 @@ def context_for(recipe: Recipe, shape: EngineShape) -> Context:
     )  # fmt: skip
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raise UsageError for what a build would only meet after compiling: a task that is none, a scheme of no use."""
-    check_target(recipe)
-    path = recipe.task_path()
-    if path is not None:
-        read_task(path, recipe.gate.task_examples)
-    recipe.accuracy_path()
+class Tracer:
+    """Traces and rewrites the engines of one recipe, one at a time and only those asked for. Reads no weights.
+
+    Raises:
+        UsageError, UnsupportedModelError: recipe and model do not fit, or the model cannot be compiled.
+    """
+
+    def __init__(
+        self, recipe: Recipe, source: Path, dump_ir: Path | None = None, passes: Sequence[GraphPass] = PIPELINE
+    ) -> None:
+        check_target(recipe)
+        self._dump_ir, self._chosen = dump_ir, select(recipe.passes.skip, passes)
+        config = read_config(source)
+        check_length(config, recipe.model.max_length)
+        self.model = make_model(config, recipe.model.dtype)
+        needed = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        check_memory(needed, f"a {config['model_type']} of this size")
+        self.plan = Plan(recipe, config, None if recipe.model.source == "random" else source, {}, {}, {})
+
+    def add(self, shape: EngineShape) -> None:
+        """Put one engine into `plan`, if it is not there yet.
+
+        Raises:
+            UsageError, UnsupportedModelError: as above. PassError: a pass failed; names it.
+        """
+        plan = self.plan
+        if shape.name in plan.graphs:
+            return
+        traced = trace(self.model, shape.batch, shape.length)
+        recorder = Recorder()
+        instruments: list[Instrument] = [recorder, *([DumpIR(self._dump_ir, shape.name)] if self._dump_ir else [])]
+        context = context_for(plan.recipe, shape)
+        run_passes(traced, self._chosen, context, instruments)
+        check_shapes(plan.recipe, {shape.name: recorder.records})
+        plan.graphs[shape.name], plan.contexts[shape.name] = traced, context
+        plan.records[shape.name] = recorder.records
 
 
 def make_plan(
@@ -83,28 +112,12 @@ def make_plan(
         UsageError, UnsupportedModelError: recipe and model do not fit, or the model cannot be compiled.
         PassError: a pass failed; names it.
     """
-    check_recipe(recipe)
-    source = resolve_source(recipe)
-    config = read_config(source)
-    check_length(config, recipe.model.max_length)
-    folder = None if recipe.model.source == "random" else source
-    model = make_model(config, recipe.model.dtype)
-    plan = Plan(recipe, config, folder, {}, {}, {})
-    check_memory(
-        sum(p.numel() * p.element_size() for p in model.parameters()), f"a {config['model_type']} of this size"
-    )
-    chosen = select(recipe.passes.skip, passes)
+    check_files(recipe)
+    tracer = Tracer(recipe, resolve_source(recipe), dump_ir, passes)
     shapes = recipe.engines()
     with progress.stage("trace and passes", total=len(shapes)):
         for shape in shapes:
             progress.update(shape.name)
-            traced = trace(model, shape.batch, shape.length)
-            recorder = Recorder()
-            instruments: list[Instrument] = [recorder, *([DumpIR(dump_ir, shape.name)] if dump_ir else [])]
-            context = context_for(recipe, shape)
-            run_passes(traced, chosen, context, instruments)
-            plan.graphs[shape.name], plan.contexts[shape.name] = traced, context
-            plan.records[shape.name] = recorder.records
+            tracer.add(shape)
             progress.update(shape.name, advance=1)
-    check_shapes(recipe, plan.records)
-    return plan, model
+    return tracer.plan, tracer.model

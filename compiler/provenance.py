@@ -17,7 +17,7 @@ from typing import Any
 from .. import __version__
 from ..artifacts.manifest import PROVENANCE, SBOM, Manifest
 from ..artifacts.signature import STATEMENT_TYPE
-from ..passes.instruments import PassRecord
+from .cache.session import Step
 from .sbom import bill_of_materials
 
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
@@ -30,7 +30,8 @@ def attestations(
     manifest: Manifest,
     started: str,
     seconds: Mapping[str, float],
-    records: Mapping[str, Sequence[PassRecord]],
+    records: Mapping[str, Sequence[Mapping[str, Any]]],
+    steps: Sequence[Step] = (),
 ) -> dict[str, bytes]:
     """The unlisted files of a build by path.
 
@@ -38,13 +39,14 @@ def attestations(
         manifest: finished, so that its digest is the artifact's.
         started: the time the build began, in ISO 8601.
         seconds: per stage.
-        records: of the passes, per engine.
+        records: of the passes, per engine; steps: what came out of the build cache.
     """
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    times = {engine: {r.name: round(r.time_ms, 3) for r in passes} for engine, passes in records.items()}
+    times = {engine: {r["name"]: round(r["time_ms"], 3) for r in passes} for engine, passes in records.items()}
     stages = {name: round(value, 3) for name, value in seconds.items()}
-    statement = _statement(manifest, started, finished, {"stage_s": stages, "pass_ms": times})
-    files = {PROVENANCE: _json(statement), "report/build.log": _log(manifest.name, started, seconds)}
+    cache = [{"stage": s.stage, "item": s.item, "outcome": s.outcome, "key": s.key} for s in steps]
+    statement = _statement(manifest, started, finished, {"stage_s": stages, "pass_ms": times, "cache": cache})
+    files = {PROVENANCE: _json(statement), "report/build.log": _log(manifest.name, started, seconds, steps)}
     if (sbom := bill_of_materials(manifest)) is not None:
         files[SBOM] = sbom
     return files
@@ -90,6 +92,7 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _log(name: str, started: str, seconds: Mapping[str, float]) -> bytes:
+def _log(name: str, started: str, seconds: Mapping[str, float], steps: Sequence[Step]) -> bytes:
     lines = [f"{started} build of {name}", *(f"{value:8.2f} s  {stage}" for stage, value in seconds.items())]
+    lines += [f"{step.seconds:8.2f} s  {step.stage} {step.item}: {step.outcome}" for step in steps]
     return ("\n".join(lines) + "\n").encode()

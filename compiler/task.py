@@ -13,6 +13,7 @@ from typing import Any
 
 from ..artifacts.errors import UsageError
 from ..artifacts.manifest import Manifest
+from .facts import BuildFacts
 from .lean_child import ask_child
 from .plan import Plan
 from .reference_model import ReferenceModel
@@ -21,7 +22,7 @@ from .task_file import read_task
 Load = Callable[[str], Any]
 
 
-def run_task(plan: Plan, root: Path, manifest: Manifest, load: Load | None = None) -> dict[str, Any]:
+def run_task(plan: Plan | BuildFacts, root: Path, manifest: Manifest, load: Load | None = None) -> dict[str, Any]:
     """Ask all questions of the artifact in a lean process.
 
     Args:
@@ -52,7 +53,9 @@ def run_task(plan: Plan, root: Path, manifest: Manifest, load: Load | None = Non
     return found
 
 
-def _reference_match(plan: Plan, root: Path, load: Load, prompts: Sequence[list[int]], answers: Sequence[str]) -> float:
+def _reference_match(
+    plan: Plan | BuildFacts, root: Path, load: Load, prompts: Sequence[list[int]], answers: Sequence[str]
+) -> float:
     """The share of answers that eager transformers would give greedily, in float32.
 
     Nothing is generated: greedy decoding gives an answer if each of its tokens, and an end behind them, is the

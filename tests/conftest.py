@@ -89,6 +89,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The session's own cache folder, where builds without --cache-dir keep theirs: never the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "ingot"
+
+
 @pytest.fixture(scope="session")
 def ingot() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the command line in a process of its own: see `run_ingot`."""
@@ -96,7 +105,7 @@ def ingot() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+def demo(tmp_path_factory: pytest.TempPathFactory, cache_folder: Path) -> Demo:
     """The session's artifact with its recipe and checkpoint. Nobody may change any of them."""
     from ingot.compiler.families import save_random_model
 

@@ -87,7 +87,7 @@ def test_groups_are_named_in_order(demo: Demo, tmp_path: Path) -> None:
 
 
 def test_the_bundled_text_is_long_enough_for_a_large_vocabulary() -> None:
-    words = accuracy.DEFAULT_TEXT.read_text("utf-8")
+    words = accuracy.ACCURACY_TEXT.read_text("utf-8")
     # Tokenizers of 128,000 words take some four characters of English a token.
     assert len(words) / 4.3 > load_recipe(Path(__file__).parents[2] / "recipes/demo.toml").gate.accuracy_tokens
 
@@ -106,7 +106,6 @@ def test_a_lossless_artifact_loses_nothing(demo: Demo, planned: tuple[Plan, Any]
     assert found["perplexity_ratio"] == pytest.approx(1, abs=1e-5)
     assert report["engines"] == ["prefill-c16", "decode-b1"]
     assert sum(bucket["count"] for bucket in report["kl_by_position"]) == 300
-    assert not accuracy.is_lossy(plan)
     json.dumps(report, allow_nan=False)
 
 

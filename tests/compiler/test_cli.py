@@ -446,6 +446,7 @@ def test_dry_run_says_what_would_stop_the_build(run: Run) -> None:
 class FakeResult:
     manifest: Manifest
     stages: dict[str, float]
+    steps: list[Any] = field(default_factory=list)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Builds that fail, and builds of the same again: the old artifact or the new one, whole, and nothing beside it.
 
-What is not about compiling takes the session's engines in place of compiling them anew.
+Most find what they need in the session's build cache; those that build without it take the session's engines in place
+of compiling them anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -22,10 +22,9 @@ import pytest
 import torch
 from ingot.artifacts.manifest import load_manifest
 from ingot.artifacts.store import check
-from ingot.compiler import accuracy, build, builder, cli, engines
-from ingot.compiler.console import SilentProgress
-from ingot.compiler.plan import Plan, make_plan
-from ingot.compiler.recipe import Recipe, load_recipe
+from ingot.compiler import accuracy, accuracy_facts, build, cli
+from ingot.compiler.backends import aoti, cpu_kernels
+from ingot.compiler.facts import BuildFacts
 from ingot.runtime import LLM, SamplingParams
 from safetensors.torch import load_file, save_file
 
@@ -65,24 +64,8 @@ def compiled(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_kernels(output: Path, **options: Any) -> None:
         shutil.copyfile(demo.artifact / "engines" / output.name, output)
 
-    monkeypatch.setattr(engines, "compile_engine", compile_engine)
-    monkeypatch.setattr(engines, "compile_kernels", compile_kernels)
-
-
-@pytest.fixture(scope="module")
-def plan(demo: Demo) -> tuple[Plan, Any]:
-    """The demo's plan and model."""
-    return make_plan(load_recipe(demo.recipe), SilentProgress())
-
-
-@pytest.fixture
-def planned(plan: tuple[Plan, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts one plan in the place of tracing anew, for builds in which shapes and passes are the demo's."""
-
-    def reuse(recipe: Recipe, *args: Any) -> tuple[Plan, Any]:
-        return replace(plan[0], recipe=recipe, folder=recipe.model_path()), plan[1]
-
-    monkeypatch.setattr(builder, "make_plan", reuse)
+    monkeypatch.setattr(aoti, "compile_engine", compile_engine)
+    monkeypatch.setattr(cpu_kernels, "compile_kernels", compile_kernels)
 
 
 # --- what is refused at once -----------------------------------------------------------------------------------------
@@ -124,9 +107,7 @@ def test_a_failing_gate_leaves_the_old_artifact(demo: Demo, main: Cli, compiled:
     assert snapshot(tmp_path) == before
 
 
-def test_a_task_that_falls_short_fails_the_build(
-    demo: Demo, main: Cli, compiled: None, planned: None, tmp_path: Path
-) -> None:
+def test_a_task_that_falls_short_fails_the_build(demo: Demo, main: Cli, compiled: None, tmp_path: Path) -> None:
     shutil.copytree(demo.model, tmp_path / "model")
     shutil.copy(demo.recipe, tmp_path)
     line = {"messages": [{"role": "user", "content": "What is 2 + 2?"}], "answer": "certainly 4"}
@@ -140,7 +121,7 @@ def test_a_task_that_falls_short_fails_the_build(
 
 
 def test_an_engine_that_crashes_is_told_by_its_signal(
-    demo: Demo, main: Cli, compiled: None, planned: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: Demo, main: Cli, compiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "crash.cpp"
     source.write_text("#include <stdlib.h>\n__attribute__((constructor)) static void crash(void) { abort(); }\n")
@@ -149,16 +130,14 @@ def test_an_engine_that_crashes_is_told_by_its_signal(
         compiler = os.environ.get("CXX", "g++").split()
         subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(output)], check=True)
 
-    monkeypatch.setattr(engines, "compile_kernels", compile_kernels)
-    code, _, err = main("build", demo.recipe, "-o", tmp_path / "out")
+    monkeypatch.setattr(cpu_kernels, "compile_kernels", compile_kernels)
+    code, _, err = main("build", demo.recipe, "-o", tmp_path / "out", "--no-cache")
     assert code == 5
     assert "SIGABRT" in err
     assert not (tmp_path / "out").exists()
 
 
-def test_no_compiler_is_one_clear_error(
-    demo: Demo, main: Cli, planned: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_compiler_is_one_clear_error(demo: Demo, main: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     code, out, err = main("build", demo.recipe, "-o", tmp_path / "out")
     assert (code, out) == (5, "")
@@ -167,9 +146,7 @@ def test_no_compiler_is_one_clear_error(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_are_no_numbers_are_refused(
-    demo: Demo, main: Cli, compiled: None, planned: None, tmp_path: Path
-) -> None:
+def test_weights_that_are_no_numbers_are_refused(demo: Demo, main: Cli, compiled: None, tmp_path: Path) -> None:
     model = Path(shutil.copytree(demo.model, tmp_path / "model"))
     tensors = load_file(model / "model.safetensors")
     name = next(name for name in tensors if name.endswith("down_proj.weight"))
@@ -186,15 +163,13 @@ def test_weights_that_are_no_numbers_are_refused(
 
 
 def test_the_same_build_gives_the_same_digest(demo: Demo, main: Cli, compiled: None, tmp_path: Path) -> None:
-    code, out, _ = main("build", demo.recipe, "-o", tmp_path / "out", "--json")
+    code, out, _ = main("build", demo.recipe, "-o", tmp_path / "out", "--json", "--no-cache")
     assert code == 0
     assert json.loads(out)["digest"] == load_manifest(demo.artifact).digest()
     assert check(tmp_path / "out") == []
 
 
-def test_another_build_replaces_the_old_artifact(
-    demo: Demo, main: Cli, compiled: None, planned: None, tmp_path: Path
-) -> None:
+def test_another_build_replaces_the_old_artifact(demo: Demo, main: Cli, compiled: None, tmp_path: Path) -> None:
     old = demo.copy(tmp_path / "out")
     first = load_manifest(old).digest()
     assert main("build", demo.recipe, "-o", old, "--set", "gate.max_tokens=4")[0] == 0
@@ -204,10 +179,10 @@ def test_another_build_replaces_the_old_artifact(
 
 
 def test_a_lossy_build_says_what_it_lost(
-    demo: Demo, main: Cli, compiled: None, planned: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: Demo, main: Cli, compiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The demo's own engines, taken for lossy ones: the report is in the artifact, and a loss too large fails."""
-    monkeypatch.setattr(accuracy, "is_lossy", lambda plan: True)
+    monkeypatch.setattr(BuildFacts, "lossy", True)
     size = ("--set", "gate.accuracy_tokens=100")
     code, out, _ = main("build", demo.recipe, "-o", tmp_path / "out", *size)
     assert code == 0
@@ -215,7 +190,7 @@ def test_a_lossy_build_says_what_it_lost(
     assert "perplexity ratio" in out
     manifest = load_manifest(tmp_path / "out")
     stored = json.loads((tmp_path / "out" / "report" / "accuracy.json").read_text())
-    assert manifest.gate["accuracy"] == accuracy.summary(stored)
+    assert manifest.gate["accuracy"] == accuracy_facts.summary(stored)
     assert stored["engine"]["tokens"] == 100
     assert check(tmp_path / "out") == []
     before = snapshot(tmp_path)
@@ -231,7 +206,7 @@ def test_a_lossy_build_says_what_it_lost(
     assert snapshot(tmp_path) == before
 
 
-def test_build_and_generate_from_python(demo: Demo, compiled: None, planned: None, tmp_path: Path) -> None:
+def test_build_and_generate_from_python(demo: Demo, compiled: None, tmp_path: Path) -> None:
     result = build(demo.recipe, tmp_path / "out", overrides=["gate.max_tokens=8"])
     assert (result.path, result.manifest.recipe["gate"]["max_tokens"]) == (tmp_path / "out", 8)
     assert {"engines", "gate"} <= result.stages.keys()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ....artifacts.cuda_probe import architecture
 from ....artifacts.errors import ResourceError
 from ....runtime.ops.cuda.spec import TRITON_DTYPES, KernelCall
 from .program import swapped
@@ -37,11 +38,6 @@ class Compiled:
     carveout: int
     scratch_bytes: int
     hidden: int
-
-
-def architecture(capability: int) -> str:
-    """What Triton compiles for: from Hopper on with the features of one capability, whose code runs there alone."""
-    return f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
 
 
 @contextmanager

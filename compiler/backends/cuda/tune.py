@@ -23,6 +23,7 @@ import torch
 
 from ....artifacts.errors import ResourceError
 from ....runtime.ops.cuda.spec import Config, Operands
+from ...cache.location import default_folder
 from .kernels import KernelStore
 from .lower import Call
 from .stopwatch import Stopwatch
@@ -157,8 +158,7 @@ def layers(calls: Sequence[Call]) -> list[list[Call]]:
 
 def default_cache() -> Path:
     """Where choices are kept between builds: in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "ingot" / "tuning.json"
+    return default_folder() / "tuning.json"
 
 
 def measure(
