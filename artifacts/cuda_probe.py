@@ -21,7 +21,8 @@ class CudaHost:
     """The first visible GPU and what is needed to use it.
 
     `problem` says why the driver could not be asked, empty if it could; `compute` is (major, minor) and `name` the
-    model of device 0; `bindings` is the version of cuda-bindings, empty if not installed.
+    model of device 0; `bindings` is the version of cuda-bindings, empty if not installed; `driver` is the CUDA
+    version that the driver is for, (0, 0) if it does not say.
     """
 
     problem: str = ""
@@ -29,6 +30,7 @@ class CudaHost:
     compute: tuple[int, int] = (0, 0)
     name: str = ""
     bindings: str = ""
+    driver: tuple[int, int] = (0, 0)
 
 
 def probe_cuda(library: str = "libcuda.so.1") -> CudaHost:
@@ -41,14 +43,17 @@ def probe_cuda(library: str = "libcuda.so.1") -> CudaHost:
         driver = ctypes.CDLL(library)
     except OSError:
         return CudaHost(f"there is no NVIDIA driver ({library} cannot be loaded)", bindings=bindings)
+    number = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(number))
+    version = (number.value // 1000, number.value % 1000 // 10)
     if status := driver.cuInit(0):
         # 100 is CUDA_ERROR_NO_DEVICE: an answer, not a failure.
         problem = "" if status == 100 else f"the NVIDIA driver does not start (cuInit: {_error(driver, status)})"
-        return CudaHost(problem, bindings=bindings)
+        return CudaHost(problem, bindings=bindings, driver=version)
     count, device, major, minor = (ctypes.c_int() for _ in range(4))
     status = driver.cuDeviceGetCount(ctypes.byref(count))
     if status or count.value == 0:
-        return CudaHost(bindings=bindings)
+        return CudaHost(bindings=bindings, driver=version)
     name = ctypes.create_string_buffer(128)
     status = (
         driver.cuDeviceGet(ctypes.byref(device), 0)
@@ -57,8 +62,10 @@ def probe_cuda(library: str = "libcuda.so.1") -> CudaHost:
         or driver.cuDeviceGetName(name, len(name), device)
     )
     if status:
-        return CudaHost(f"the NVIDIA driver does not answer ({_error(driver, status)})", count.value, bindings=bindings)
-    return CudaHost("", count.value, (major.value, minor.value), name.value.decode(errors="replace"), bindings)
+        problem = f"the NVIDIA driver does not answer ({_error(driver, status)})"
+        return CudaHost(problem, count.value, bindings=bindings, driver=version)
+    model = name.value.decode(errors="replace")
+    return CudaHost("", count.value, (major.value, minor.value), model, bindings, version)
 
 
 def architecture(capability: int) -> str:

@@ -74,17 +74,40 @@ class Staging:
         finally:
             os.close(self._lock)
 
+    def rival(self) -> int | None:
+        """The process number of a build of this destination that lives and began before; None if there is none."""
+        own = (self.folder / MARKER).stat().st_mtime_ns, self.folder.name
+        for folder in _folders(self._destination):
+            marker = folder / MARKER
+            try:
+                if folder == self.folder or (marker.lstat().st_mtime_ns, folder.name) > own:
+                    continue
+                lock = os.open(marker, os.O_RDONLY | os.O_NOFOLLOW)
+            except OSError:  # not ours, or gone meanwhile
+                continue
+            try:
+                if fcntl is not None and not _try_lock(lock):
+                    return int(folder.name.rpartition("-")[0].rpartition("-")[2])
+            finally:
+                os.close(lock)
+        return None
+
     @staticmethod
     def sweep(destination: Path) -> None:
         """Remove the staging folders that dead builds of `destination` left, and mend a swap cut in two."""
         if fcntl is None:
             return
-        pattern = re.compile(rf"\.{re.escape(destination.name)}\.ingot-[0-9]+-[0-9a-f]{{8}}")
-        for name in sorted(os.listdir(destination.parent)):
-            if pattern.fullmatch(name):
-                _sweep_one(destination.parent / name, destination)
-                with contextlib.suppress(OSError):  # empty: what a kill left before or after the marker
-                    os.rmdir(destination.parent / name)
+        for folder in _folders(destination):
+            _sweep_one(folder, destination)
+            with contextlib.suppress(OSError):  # empty: what a kill left before or after the marker
+                os.rmdir(folder)
+
+
+def _folders(destination: Path) -> list[Path]:
+    """What stands beside `destination` and is called like a staging folder of it."""
+    pattern = re.compile(rf"\.{re.escape(destination.name)}\.ingot-[0-9]+-[0-9a-f]{{8}}")
+    names = sorted(name for name in os.listdir(destination.parent) if pattern.fullmatch(name))
+    return [destination.parent / name for name in names]
 
 
 def _sweep_one(folder: Path, destination: Path) -> None:

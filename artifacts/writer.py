@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from . import strict
-from .errors import UsageError, VerificationError
+from .errors import ResourceError, UsageError, VerificationError
 from .files import FIXES, os_errors, read_small, resource_error
 from .fingerprint import digest_files
 from .folder import compare_entries, scan
@@ -44,15 +44,16 @@ class ArtifactWriter:
         destination: the artifact's folder. Absent or empty: filled. An intact artifact of Ingot: replaced. Anything
             else with content is never touched.
         force: replace also an artifact that is damaged, of another schema version, or holds files added to it.
+        alone: refuse to start while another process writes to the same destination. Without it the last one wins.
 
     Raises:
         UsageError: the destination is not ours to write to; on entering, and again on commit.
         ResourceError: the disk is full, read-only or fails, or permission is missing, in the block too.
     """
 
-    def __init__(self, destination: str | Path, force: bool = False) -> None:
+    def __init__(self, destination: str | Path, force: bool = False, alone: bool = False) -> None:
         self.destination = Path(os.path.abspath(destination))
-        self.force = force
+        self.force, self.alone = force, alone
         self._staging: Staging | None = None
         self._published = False
         self._made: list[Path] = []  # parent folders that were not there before
@@ -73,6 +74,11 @@ class ArtifactWriter:
                 parent.mkdir(parents=True, exist_ok=True)
                 Staging.sweep(self.destination)
                 self._staging = Staging.create(self.destination)
+                if self.alone and (process := self._staging.rival()) is not None:
+                    raise ResourceError(
+                        f"another build is writing to {self.destination}", f"it is process {process}",
+                        "wait until it has ended, or choose another output folder",
+                    )  # fmt: skip
             except BaseException:
                 self._clean_up()
                 raise

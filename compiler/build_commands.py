@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..artifacts.errors import GateError, IngotError, UsageError
 from ..artifacts.writer import check_destination
 from .artifact_commands import describe, print_artifact
+from .backends.commands import ENGINE_TIMEOUT_S
 from .cache.location import open_session
 from .cache.session import DEFAULT_MAX_BYTES
 from .cache_commands import print_steps, size_bytes
@@ -38,6 +39,8 @@ def build(args: argparse.Namespace) -> int:
     recipe.check_source()
     check_output(recipe, output)
     check_destination(output, args.force)
+    if args.engine_timeout is not None and not 0 < args.engine_timeout < float("inf"):
+        raise UsageError(f"--engine-timeout {args.engine_timeout} is refused", "it is no number of seconds above 0", "")
     size = DEFAULT_MAX_BYTES if args.cache_size is None else size_bytes(args.cache_size)
     with open_progress(args.json) as progress, quiet_libraries(not args.debug):
         from .builder import build as build_artifact
@@ -46,6 +49,7 @@ def build(args: argparse.Namespace) -> int:
         result = build_artifact(
             recipe, output, force=args.force, dump_ir=args.dump_ir, progress=progress,
             passes=None if args.plant is None else _pipeline(args.plant), cache=session, tuning=args.tuning_cache,
+            engine_timeout=ENGINE_TIMEOUT_S if args.engine_timeout is None else args.engine_timeout,
         )  # fmt: skip
         session.close()
     facts = describe(result.manifest)

@@ -20,6 +20,7 @@ from ..artifacts.store import ArtifactWriter
 from ..artifacts.trust import record_build
 from .accuracy_facts import summary
 from .assets import write_assets
+from .backends.commands import ENGINE_TIMEOUT_S
 from .cache.session import Session, Step
 from .console import Progress
 from .engines import require_gpu
@@ -64,6 +65,7 @@ def build(
     passes: Sequence[GraphPass] | None = None,
     cache: Session | None = None,
     tuning: Path | None = None,
+    engine_timeout: float = ENGINE_TIMEOUT_S,
 ) -> BuildResult:
     """Compile a recipe into the artifact folder `output`.
 
@@ -73,6 +75,7 @@ def build(
         passes: another pipeline than the product's; such a build is not cached.
         cache: where stages are looked up and kept; None makes everything anew.
         tuning: a file of measured CUDA kernel configurations, to replay and add to.
+        engine_timeout: seconds that the C++ compiler may take for one engine.
 
     Raises:
         UsageError (2), UnsupportedModelError (3), GateError (4), ResourceError (5).
@@ -91,11 +94,13 @@ def build(
 
         return Workshop(recipe, source, dump_ir, passes)
 
-    stages = Stages(recipe, source, session, workshop, progress, retrace=dump_ir is not None, tuning=tuning)
+    stages = Stages(
+        recipe, source, session, workshop, progress, dump_ir is not None, tuning=tuning, engine_timeout=engine_timeout
+    )
     with clock("trace and passes"):
         facts = stages.trace()
     _refuse_own_source(output, facts.folder)
-    with ArtifactWriter(output, force) as writer:
+    with ArtifactWriter(output, force, alone=True) as writer:
         root = writer.root
         for name in ("engines", "weights", "report"):
             (root / name).mkdir()

@@ -110,6 +110,10 @@ def _call(args: argparse.Namespace) -> int:
         from . import ship_commands
 
         return {"push": ship_commands.push, "pull": ship_commands.pull}[args.command](args)
+    if args.command == "doctor":
+        from .doctor import doctor
+
+        return doctor(args)
     if args.command == "cache":
         from .cache_commands import cache
 
@@ -163,6 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--tuning-cache", type=Path, metavar="FILE", help="CUDA: replay the measured choices in this file, add new ones"
     )
+    build.add_argument(
+        "--engine-timeout", type=float, metavar="S", help="seconds the compiler may take for one engine (default 1800)"
+    )
     _run_options(command("run", "generate text from an artifact"))
     command("inspect", "say what an artifact is").add_argument("artifact", type=Path, metavar="ARTIFACT")
     verify = command("verify", "check an artifact against its manifest, and who signed it")
@@ -188,6 +195,12 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("action", choices=("ls", "verify", "gc"), help="list entries, digest them all, or remove some")
     takes_cache(cache)
     cache.add_argument("--max-size", metavar="SIZE", help="gc: what may stay, for example 20GB (default 50GB)")
+    doctor = command("doctor", "say what this machine can build and run, and what is missing")
+    doctor.add_argument(
+        "--needs", action="append", choices=("run", "build", "run-cuda", "build-cuda"),
+        help="what has to work for exit code 0 (repeatable; default: run and build)",
+    )  # fmt: skip
+    takes_cache(doctor)
     families = command("families", "compare model families with transformers, token by token")
     families.add_argument("names", nargs="*", metavar="FAMILY", help="default: all")
     families.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what the engines are compiled for")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
-def compile_cpu(traced: TracedGraph, name: str, folder: Path, isa: str) -> dict[str, Any]:
+def compile_cpu(traced: TracedGraph, name: str, folder: Path, isa: str, timeout: float) -> dict[str, Any]:
     """Compile one planned graph to `folder`/NAME.so, beside kernels.so.
 
     Returns:
@@ -32,7 +32,7 @@ def compile_cpu(traced: TracedGraph, name: str, folder: Path, isa: str) -> dict[
     """
     from .backends import aoti
 
-    constants = aoti.compile_engine(traced, name, folder / f"{name}.so", isa)
+    constants = aoti.compile_engine(traced, name, folder / f"{name}.so", isa, timeout)
     missing = aoti.missing_symbols(folder / f"{name}.so", folder / "kernels.so")
     return {"constants": [[c.symbol, c.weight] for c in constants], "missing": missing}
 

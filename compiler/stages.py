@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifacts.fingerprint import digest_files
 from ..artifacts.manifest import EngineEntry, Manifest
+from .backends.commands import ENGINE_TIMEOUT_S
 from .cache import toolchain
 from .cache.entry import Key
 from .cache.inputs import Inputs
@@ -52,6 +53,7 @@ class Stages:
         workshop: makes graphs and weights, when a stage is not in the cache.
         retrace: make the trace anew whatever the cache holds: its graphs are to be dumped.
         tuning: a file of measured kernel configurations to replay and add to; None for the user's own.
+        engine_timeout: seconds that the C++ compiler may take for one engine, or one file of the kernels.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class Stages:
         progress: Progress,
         retrace: bool = False,
         tuning: Path | None = None,
+        engine_timeout: float = ENGINE_TIMEOUT_S,
     ) -> None:
         self.recipe, self.session, self.workshop, self.progress = recipe, session, workshop, progress
         self.folder = None if recipe.model.source == "random" else source
         self._source, self._retrace, self._tuning = source, retrace, tuning
+        self._timeout = engine_timeout
         self._weights_key: Key | None = None
 
     @functools.cached_property
@@ -182,13 +186,14 @@ class Stages:
         return Engines(tuple(entries), "libtorch" if missing else "none")
 
     def _compile(self, name: str, facts: BuildFacts, folder: Path) -> dict[str, Any]:
-        return compile_cpu(self._graph(name, facts), name, folder, self.recipe.target.isa)
+        return compile_cpu(self._graph(name, facts), name, folder, self.recipe.target.isa, self._timeout)
 
     def _kernels(self, folder: Path, with_shim: bool) -> None:
         def make() -> dict[str, Any]:
             from .backends import cpu_kernels
 
-            cpu_kernels.compile_kernels(folder / "kernels.so", isa=self.recipe.target.isa, with_shim=with_shim)
+            isa, timeout = self.recipe.target.isa, self._timeout
+            cpu_kernels.compile_kernels(folder / "kernels.so", isa=isa, with_shim=with_shim, timeout=timeout)
             return {}
 
         key = self._key("kernels", "", {"with_shim": with_shim, **self._host})

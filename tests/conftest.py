@@ -80,6 +80,20 @@ class Demo:
         return Path(shutil.copytree(self.artifact, folder))
 
 
+def make_demo(folder: Path, *flags: object) -> Demo:
+    """A small random Llama with tokenizer and recipe in `folder`, built by the command line."""
+    from ingot.compiler.families import save_random_model
+
+    folder.mkdir(exist_ok=True)
+    save_random_model(CONFIG, folder / "model")
+    _tokenizer().save(str(folder / "model" / "tokenizer.json"))
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
+    (folder / "model" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    (folder / "recipe.toml").write_text(RECIPE, "utf-8")
+    build = run_ingot("build", folder / "recipe.toml", "-o", folder / "artifact", *flags, timeout=900)
+    return Demo(folder / "recipe.toml", folder / "model", folder / "artifact", build)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Takes back what a test does to torch's threads."""
@@ -107,18 +121,11 @@ def ingot() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory, cache_folder: Path) -> Demo:
     """The session's artifact with its recipe and checkpoint. Nobody may change any of them."""
-    from ingot.compiler.families import save_random_model
-
-    folder = tmp_path_factory.mktemp("demo")
-    save_random_model(CONFIG, folder / "model")
-    _tokenizer().save(str(folder / "model" / "tokenizer.json"))
-    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
-    (folder / "model" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    (folder / "recipe.toml").write_text(RECIPE, "utf-8")
-    build = run_ingot("build", folder / "recipe.toml", "-o", folder / "artifact", timeout=900)
-    if build.returncode:
-        pytest.fail(f"the session's artifact cannot be built, exit code {build.returncode}:\n{build.stderr}", False)
-    return Demo(folder / "recipe.toml", folder / "model", folder / "artifact", build)
+    made = make_demo(tmp_path_factory.mktemp("demo"))
+    if made.build.returncode:
+        said = f"exit code {made.build.returncode}:\n{made.build.stderr}"
+        pytest.fail(f"the session's artifact cannot be built, {said}", False)
+    return made
 
 
 @pytest.fixture(scope="session")

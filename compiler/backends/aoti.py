@@ -20,6 +20,7 @@ from ...artifacts.errors import IngotError, ResourceError, UsageError
 from ...artifacts.manifest import Buffer, Constant
 from ...passes.graph import TracedGraph
 from ...runtime.ops.schema import SEMANTICS, overload
+from .commands import ENGINE_TIMEOUT_S, inductor_compiler
 from .cpu_kernels import C_SHIMS
 
 _NAME = re.compile(r'constants_info_\[(\d+)\]\.name = "([^"]+)";')
@@ -75,8 +76,13 @@ def output_buffers(traced: TracedGraph) -> tuple[Buffer, ...]:
     )
 
 
-def compile_engine(traced: TracedGraph, name: str, output: Path, isa: str) -> tuple[Constant, ...]:
+def compile_engine(
+    traced: TracedGraph, name: str, output: Path, isa: str, timeout: float = ENGINE_TIMEOUT_S
+) -> tuple[Constant, ...]:
     """Compile one planned graph to the shared object `output`.
+
+    Args:
+        timeout: seconds that the compiler may take for it.
 
     Returns:
         Which of the engine's constants is which weight, in the engine's order.
@@ -88,7 +94,7 @@ def compile_engine(traced: TracedGraph, name: str, output: Path, isa: str) -> tu
         torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in traced.graph.nodes if n.op == "placeholder"
     )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), inductor_compiler(f"engine {name}", timeout):
             program = torch.export.export(_Program(traced), inputs, strict=False)
             with tempfile.TemporaryDirectory(prefix="ingot-aoti-") as scratch:
                 package = torch._inductor.aoti_compile_and_package(
@@ -98,6 +104,11 @@ def compile_engine(traced: TracedGraph, name: str, output: Path, isa: str) -> tu
     except IngotError:
         raise
     except Exception as error:
+        cause: BaseException | None = error  # Inductor wraps what it meets
+        while cause is not None and not isinstance(cause, IngotError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
         raise _compiler_error(name, error) from error
 
 

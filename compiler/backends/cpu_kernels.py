@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-import signal
-import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ...artifacts.errors import ResourceError, UsageError
+from ...artifacts.errors import UsageError
+from .commands import reproducible, run_compiler
 
 SOURCE_FOLDER = Path(__file__).resolve().parents[2] / "runtime" / "ops" / "cpu"
 
@@ -85,29 +84,20 @@ def compile_kernels(output: Path, *, isa: str = "native", with_shim: bool = True
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     soname = kernels_soname(isa=isa, with_shim=with_shim)
     flags = [*_FLAGS, _ISA_FLAGS[isa], f'-DINGOT_KERNELS_ID="{soname}"']
+    paths, what = {str(SOURCE_FOLDER): "ingot"}, "the CPU kernels"
     sources = [*_KERNELS, *(_SHIM if with_shim else ())]
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".kernels-") as folder:
         objects = [str(Path(folder) / f"{name}.o") for name in sources]
 
         def compile_one(source: str, target: str) -> None:
-            _run([*compiler, *flags, "-c", str(SOURCE_FOLDER / source), "-o", target], timeout)
+            command = [*compiler, *flags, "-c", str(SOURCE_FOLDER / source), "-o", target]
+            run_compiler(reproducible(command, paths), what, timeout)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, sources, objects))
         library = Path(folder) / output.name
-        _run(
-            [
-                *compiler,
-                "-shared",
-                "-fopenmp",
-                "-Wl,--exclude-libs,ALL",
-                f"-Wl,-soname,{soname}",
-                *objects,
-                "-o",
-                str(library),
-            ],
-            timeout,
-        )
+        link = ["-shared", "-fopenmp", "-Wl,--exclude-libs,ALL", f"-Wl,-soname,{soname}"]
+        run_compiler(reproducible([*compiler, *link, *objects, "-o", str(library)], paths), what, timeout)
         library.replace(output)
 
 
@@ -121,50 +111,3 @@ def kernels_soname(*, isa: str = "native", with_shim: bool = True) -> str:
         if path.suffix in (".cpp", ".h"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return f"libingot_kernels-{digest.hexdigest()[:16]}.so"
-
-
-def _run(command: list[str], timeout: float) -> None:
-    """Run one compiler command; what it says goes into the error."""
-    try:
-        # A session of its own: a compiler that hangs is stopped together with the processes it started.
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except FileNotFoundError as error:
-        raise ResourceError(
-            f"The C++ compiler '{command[0]}' was not found.",
-            "CPU kernels are compiled for this machine when an artifact is built.",
-            "Install g++ (or clang++ with OpenMP), or set CXX to a compiler.",
-        ) from error
-    except OSError as error:
-        raise ResourceError(
-            f"The C++ compiler '{command[0]}' could not be started: {error}.", fix="Set CXX to a working compiler."
-        ) from error
-    try:
-        _, said = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired as error:
-        raise ResourceError(
-            f"The C++ compiler took more than {timeout:.0f} s and was stopped.",
-            f"Command: {shlex.join(command)}",
-            "Check that the machine has memory and a free core, or set CXX to another compiler.",
-        ) from error
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if process.returncode != 0:
-        how = (
-            f"was killed by signal {-process.returncode}"
-            if process.returncode < 0
-            else f"returned {process.returncode}"
-        )
-        raise ResourceError(
-            f"Compiling the CPU kernels failed: the compiler {how}.",
-            f"{shlex.join(command)}\n{said.strip()[-2000:]}",
-            "A C++17 compiler with OpenMP is needed (g++ 11 or later); a killed compiler usually ran out of memory.",
-        )

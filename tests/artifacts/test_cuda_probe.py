@@ -71,6 +71,10 @@ class FakeLibrary:
     def cuInit(self, flags: int) -> int:
         return self.init
 
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = 12080
+        return 0
+
     def cuDeviceGetCount(self, count: Any) -> int:
         count._obj.value = self.devices
         return 0
@@ -94,9 +98,9 @@ class FakeLibrary:
 @pytest.mark.parametrize(
     ("library", "expected"),
     [
-        (FakeLibrary(), CudaHost("", 1, (9, 0), "NVIDIA H200", "9.9")),
-        (FakeLibrary(init=100), CudaHost(bindings="9.9")),
-        (FakeLibrary(devices=0), CudaHost(bindings="9.9")),
+        (FakeLibrary(), CudaHost("", 1, (9, 0), "NVIDIA H200", "9.9", (12, 8))),
+        (FakeLibrary(init=100), CudaHost(bindings="9.9", driver=(12, 8))),
+        (FakeLibrary(devices=0), CudaHost(bindings="9.9", driver=(12, 8))),
     ],
 )
 def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch, library: FakeLibrary, expected: CudaHost) -> None:
