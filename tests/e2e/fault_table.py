@@ -252,14 +252,18 @@ def random_times(bench: Bench, cache: str, output: str, name: str, count: int, s
     return row
 
 
-def rows(bench: Bench, step: int, random_count: int, tell: Callable[[Row], None]) -> Iterator[Row]:
-    """The whole table."""
+def rows(bench: Bench, step: int, random_count: int, only: str, tell: Callable[[Row], None]) -> Iterator[Row]:
+    """The whole table, or the rows in whose name, such as "cold/old/EIO", `only` stands."""
     for cache, output in (("cold", "none"), ("cold", "old"), ("warm", "old")):
         for fault in FAULTS:
+            if only not in f"{cache}/{output}/{fault}":
+                continue
             row = every_call(bench, cache, output, fault, step)
             tell(row)
             yield row
     for name in SIGNALS:
+        if only not in f"cold/old/{name} at random":
+            continue
         row = random_times(bench, "cold", "old", name, random_count)
         tell(row)
         yield row
@@ -270,6 +274,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--step", type=int, default=1, help="try each STEP-th call only")
     parser.add_argument("--random", type=int, default=100, help="how many kills at random times, per signal")
+    parser.add_argument("--only", default="", help='rows in whose name this stands: "cold/old/EIO", "at random"')
     parser.add_argument("--prepared", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.prepared is None:
@@ -283,7 +288,7 @@ def main() -> int:
                 return 1
             environment = {**os.environ, "LD_PRELOAD": str(compile_shim(folder)), "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-m", "ingot.tests.e2e.fault_table", "--prepared", scratch]
-            command += ["--step", str(options.step), "--random", str(options.random)]
+            command += ["--step", str(options.step), "--random", str(options.random), "--only", options.only]
             return subprocess.run(command, env=environment, check=False).returncode
     (options.prepared / "work").mkdir()
     bench = Bench(
@@ -292,7 +297,7 @@ def main() -> int:
     form = "  ".join(["{:<5}", "{:<6}", "{:<18}", "{:>5}", "{:>6}", "{:>5}", "{:>5}", "{:<24}", "{:>5}"])
     print(form.format(*HEAD), flush=True)
     failed = 0
-    for row in rows(bench, options.step, options.random, lambda row: print(form.format(*row.cells()), flush=True)):
+    for row in rows(bench, options.step, options.random, options.only, lambda row: print(form.format(*row.cells()))):
         failed += len(row.wrong)
         for line in row.wrong[:10]:
             print(f"      {line}", flush=True)
