@@ -5,6 +5,7 @@
 #   make check    formatting, lint, types and the floors' imports alone
 #   make tamper   alter a signed artifact in every way, and print how each was refused
 #   make bench    measure; BENCH="--quick" or BENCH="--models demo --json mine" narrows it
+#   make faults   builds with every write, sync and rename failing in turn; FAULTS="--step 10" tries fewer
 #   make setup    install only            make clean    remove what make and builds made
 #
 # On a machine with an NVIDIA GPU, with the packages of PYTHON_GPU (torch, transformers, cuda-bindings, pytest):
@@ -20,8 +21,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 INGOT := $(BIN)/ingot
 DEMO := artifacts/built/demo
 BENCH ?=
+FAULTS ?=
 
-.PHONY: help setup demo test check types tamper bench test-gpu bench-gpu clean
+.PHONY: help setup demo test check types tamper faults bench test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -68,6 +70,9 @@ types: $(VENV)/installed-dev
 
 tamper: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -s tests/e2e/test_tampering.py
+
+faults: $(VENV)/installed-dev types
+	PYTHONPATH="$(CURDIR)/$(VENV)/types" $(BIN)/python -m ingot.tests.e2e.fault_table $(FAULTS)
 
 bench: setup
 	$(BIN)/python -m ingot.benchmarks $(BENCH)

@@ -27,6 +27,7 @@ from .plan import Plan
 from .recipe import Recipe
 from .recipe_parse import read_text
 from .reference_model import ReferenceModel
+from .tokenizer_check import load_tokenizer
 
 _WINDOW = 512
 _REFERENCE_BYTES = 1 << 28  # logits of the reference that are held at once
@@ -97,10 +98,8 @@ def accuracy_windows(plan: Plan | BuildFacts, tokenizer: Path | None) -> Windows
     if tokenizer is None:
         ids = np.random.default_rng(recipe.gate.seed).integers(0, plan.vocabulary, wanted + _WINDOW).tolist()
         return cut("random tokens", ids, [], wanted, longest)
-    from tokenizers import Tokenizer
-
     path = recipe.accuracy_path()
-    loaded = Tokenizer.from_file(str(tokenizer))
+    loaded = load_tokenizer(tokenizer)
     loaded.no_truncation()
     probe = loaded.encode("a")
     lead = [i for i, _ in zip(probe.ids, _leading(probe.special_tokens_mask))]

@@ -22,6 +22,7 @@ from .metrics import Distance, Fidelity, compare
 from .plan import Plan
 from .recipe import Recipe
 from .reference_model import ReferenceModel
+from .tokenizer_check import load_tokenizer
 
 _LONGEST_WINDOW = 1024
 
@@ -118,9 +119,7 @@ def plan_tokens(plan: Plan | BuildFacts, tokenizer: Path | None) -> GateTokens:
     window = max((layer.window for layer in plan.cache_layers), default=0)
     if tokenizer is None:
         return gate_tokens(plan.recipe, None, plan.vocabulary, window)
-    from tokenizers import Tokenizer
-
-    loaded = Tokenizer.from_file(str(tokenizer))
+    loaded = load_tokenizer(tokenizer)
     return gate_tokens(plan.recipe, lambda text: list(loaded.encode(text).ids), plan.vocabulary, window)
 
 

@@ -18,6 +18,7 @@ from .lean_child import ask_child
 from .plan import Plan
 from .reference_model import ReferenceModel
 from .task_file import read_task
+from .tokenizer_check import load_tokenizer
 
 Load = Callable[[str], Any]
 
@@ -61,9 +62,7 @@ def _reference_match(
     Nothing is generated: greedy decoding gives an answer if each of its tokens, and an end behind them, is the
     likeliest one after those before it. An answer in other tokens than the tokenizer's own counts as wrong.
     """
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
+    tokenizer = load_tokenizer(root / "tokenizer.json")
     ends = json.loads((root / "generation.json").read_text())["eos_token_ids"]
     given = [tokenizer.encode(answer, add_special_tokens=False).ids for answer in answers]
     model = ReferenceModel(plan.config, "float32", load, plan.recipe.target.device)

@@ -7,13 +7,26 @@ refuses a prompt that brings one up.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..artifacts.errors import UsageError, VerificationError
+from ..artifacts.files import read_small
 from ..runtime.tokenizer import Tokenizer
 from .strict_json import model_file
 
 MAX_TOKENIZER_BYTES = 128 << 20
 _PROBES = ("Hello, world! 123", " \n\tüñ 漢字 🙂\u200d", "a" * 300, "<s></s>", "")
+
+
+def load_tokenizer(path: Path) -> Any:
+    """tokenizers' own object for a tokenizer.json that was checked.
+
+    Raises:
+        ResourceError: the file cannot be read, which the library itself would not tell from a bug.
+    """
+    from tokenizers import Tokenizer as Loaded
+
+    return Loaded.from_buffer(read_small(path, MAX_TOKENIZER_BYTES))
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> Path | None:

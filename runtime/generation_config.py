@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts.errors import UsageError, VerificationError
+from ..artifacts.files import read_small
 from .params import SamplingParams
 
 _MAX_BYTES = 1 << 20
@@ -32,12 +33,11 @@ class GenerationConfig:
         """Read and check the file.
 
         Raises:
-            VerificationError: naming the field.
+            VerificationError: naming the field. ResourceError: the system does not let us read it.
         """
         try:
-            with path.open("rb") as file:
-                value = json.loads(file.read(_MAX_BYTES))
-        except (OSError, ValueError, RecursionError) as error:
+            value = json.loads(read_small(path, _MAX_BYTES))
+        except (ValueError, RecursionError) as error:
             raise _broken(path, str(error)) from error
         if not isinstance(value, dict):
             raise _broken(path, "it is no JSON object")
