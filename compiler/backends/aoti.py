@@ -153,7 +153,7 @@ def _unpack(package: Path, output: Path) -> tuple[Constant, ...]:
         with archive.open(library[0]) as packed, open(output, "wb") as file:
             shutil.copyfileobj(packed, file)
     if strip := shutil.which("strip"):
-        subprocess.run([strip, "--strip-debug", str(output)], check=False, capture_output=True, timeout=60)
+        subprocess.run([strip, "--strip-unneeded", str(output)], check=False, capture_output=True, timeout=60)
     symbols = dict(_NAME.findall(text))
     weights = dict(_FQN.findall(text))
     if set(symbols) != set(weights):

@@ -113,8 +113,14 @@ def inductor_compiler(what: str, timeout: float) -> Iterator[None]:
     paths = {include: "torch", cache_dir(): "inductor"}
 
     def run(cmd_line: str, cwd: str) -> None:
-        command = reproducible(shlex.split(cmd_line), paths)
-        run_compiler(command, what, max(1.0, deadline - time.monotonic()), cwd)
+        command = shlex.split(cmd_line)
+        # Inductor names a source by a digest over paths, among others: `c…x.kernel.cpp` is just the kernel.
+        named = {
+            word: Path(word).name.partition(".")[2]
+            for word in command
+            if word.endswith((".kernel.cpp", ".wrapper.cpp"))
+        }
+        run_compiler(reproducible(command, {**paths, **named}), what, max(1.0, deadline - time.monotonic()), cwd)
 
     kept = cpp_builder.run_compile_cmd
     cpp_builder.run_compile_cmd = run

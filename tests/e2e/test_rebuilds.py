@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,9 +144,7 @@ def test_builds_at_once_of_one_recipe_give_equal_results(demo: Demo, tmp_path: P
 @pytest.mark.skipif(sys.platform != "linux", reason="the shim is Linux's")
 def test_faults_at_some_calls_leave_the_old_or_the_new(demo: Demo, tmp_path: Path) -> None:
     """A sample of the table that `make faults` prints in full."""
-    (tmp_path / "demo").mkdir()
-    for name in ("recipe.toml", "model", "artifact"):
-        (tmp_path / "demo" / name).symlink_to(demo.recipe.parent / name)
+    shutil.copytree(demo.recipe.parent, tmp_path / "demo")
     environment = {**os.environ, "LD_PRELOAD": str(compile_shim(tmp_path))}
     command = [sys.executable, "-m", "ingot.tests.e2e.fault_table", "--prepared", str(tmp_path)]
     command += ["--step", "61", "--random", "1", "--only", "cold/old"]
