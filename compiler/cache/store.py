@@ -182,20 +182,21 @@ class CacheStore:
                 return
             why = "its marker is of another format"
         except VerificationError:
-            if not (left := sorted(os.listdir(self.folder))) or left == [f"{MARKER}.new"]:
-                aside = self.folder / f"{MARKER}.new"
+            left = sorted(name for name in os.listdir(self.folder) if not name.startswith(f"{MARKER}."))
+            if not left:
+                aside = self.folder / f"{MARKER}.{secrets.token_hex(4)}"  # of its own: several may mark at once
                 aside.write_bytes(_WORDS)
                 sync_file(aside)
                 os.replace(aside, marker)
                 sync_folder(self.folder)
                 return
-            if read_again(marker) == _WORDS:  # another process has marked it meanwhile
+            if _read_again(marker) == _WORDS:  # another process has marked it meanwhile
                 return
             why = f"it holds {left[0]!a}, which is not of the build cache"
         raise UsageError(f"{self.folder} is no build cache", why, _SAFE)
 
 
-def read_again(marker: Path) -> bytes:
+def _read_again(marker: Path) -> bytes:
     """The marker's content, empty if there is still none."""
     with contextlib.suppress(VerificationError):
         return read_small(marker, 4096)
