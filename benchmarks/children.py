@@ -39,7 +39,9 @@ def environment(extra: Mapping[str, str] | None = None, device: str = "cpu") -> 
 class Worker:
     """A module of this package running as a child: one JSON request per line in, one JSON answer per line out."""
 
-    def __init__(self, module: str, *arguments: str, device: str = "cpu") -> None:
+    def __init__(
+        self, module: str, *arguments: str, device: str = "cpu", extra: Mapping[str, str] | None = None
+    ) -> None:
         self._name = module.rpartition(".")[2]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         self._process = subprocess.Popen(
@@ -47,7 +49,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=environment(device=device),
+            env=environment(extra, device),
             start_new_session=True,
         )
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..artifacts.errors import UsageError
+from . import llama_cpp_peer
 from .budget import Budget
 from .builds import stories_folder
 from .machine import ROOT
 from .run import PARTS, Options
 from .subjects import SUBJECTS, Subject, choose
 
-_PEERS = ("transformers", "gpt-fast", "none")
+_PEERS = ("transformers", llama_cpp_peer.NAME, "gpt-fast", "none")
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,25 @@ def understand(words: Sequence[str]) -> Asked:
     options = Options(
         args.artifacts, stories_folder(args.stories), _peers(args), repetitions, args.rebuild,
         tuple(p for p in args.parts if p != "build"), tuple(args.tests), tuple(args.peer_batches), args.gpt_fast,
-        not args.warm_builds, Budget(args.budget_seconds),
+        not args.warm_builds, Budget(args.budget_seconds), args.llama_cpp,
     )  # fmt: skip
     return Asked(args.device, tuple(subjects), options, args.quick, _target(args.json), args.resume, args.commit)
 
 
 def _peers(args: argparse.Namespace) -> tuple[str, ...]:
-    """The peers to run: those named, or transformers, and gpt-fast if there is a folder of it.
+    """The peers to run: those named, or transformers, and gpt-fast or llama.cpp if there is a folder of it.
 
     Raises:
-        UsageError: gpt-fast is named, and there is no folder of it, or no GPU to run it on.
+        UsageError: gpt-fast is named, and there is no folder of it, or no GPU to run it on; or llama.cpp, on a GPU or
+            from a folder that does not hold it.
     """
+    if args.llama_cpp is not None and not (args.llama_cpp / "llama_cpp").is_dir():
+        fix = "pip install --target DIR llama-cpp-python gguf, and give that folder"
+        raise UsageError(f"{args.llama_cpp} does not hold llama-cpp-python", "there is no llama_cpp in it", fix)
+    if args.device == "cuda" and (args.llama_cpp or llama_cpp_peer.NAME in (args.peers or ())):
+        raise UsageError("llama.cpp is measured on the CPU only", "", "leave it out, or --device cpu")
+    if args.peers is None and args.llama_cpp:
+        return ("transformers", llama_cpp_peer.NAME)
     if args.peers is None:
         return ("transformers", "gpt-fast") if args.gpt_fast and args.device == "cuda" else ("transformers",)
     if "gpt-fast" in args.peers and (args.gpt_fast is None or args.device != "cuda"):
@@ -102,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--rebuild", action="store_true", help="build every artifact, to measure the builds")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipes of all models")
     add("--stories", type=Path, metavar="DIR", help="the folder of stories260K")
-    add("--peers", nargs="+", choices=_PEERS, help="default: transformers, and gpt-fast where --gpt-fast is given")
+    add("--peers", nargs="+", choices=_PEERS, help="default: transformers, and those whose folder is given")
+    add("--llama-cpp", type=Path, metavar="DIR", help="where llama-cpp-python and gguf are installed; CPU only")
     gpu = parser.add_argument_group("with --device cuda")
     gpu.add_argument("--gpt-fast", type=Path, metavar="DIR", help="a clone of github.com/meta-pytorch/gpt-fast")
     gpu.add_argument("--tests", nargs="+", default=[], metavar="NAME", help='such as "tg128 @ d1024 b8" or pp2048')

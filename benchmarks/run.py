@@ -7,6 +7,7 @@ one of two runs next to each other. Every first run warms up and is dropped.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from ..artifacts.manifest import Manifest
 from ..compiler.recipe import Recipe
 from ..compiler.traffic import step_bytes
 from ..runtime.weights import map_weights
-from . import ours, transformers_peer
+from . import llama_cpp_model, llama_cpp_peer, ours, transformers_peer
 from .budget import Budget
 from .builds import checkpoint_bytes, ensure_artifact, newer_sources, open_recipe
 from .children import Worker, run, tail
@@ -28,6 +29,7 @@ from .subjects import Subject
 
 Say = Callable[[str], None]
 PARTS = ("speed", "start", "peers")
+SHORT_CONTEXT = 16  # up to here the depth is not named in a test of the CPU
 SHORTEST_S = 0.25  # a sample is the mean over as many runs as this takes: a tiny model's single run is all jitter
 
 
@@ -50,6 +52,7 @@ class Options:
     gpt_fast: Path | None = None
     cold: bool = True
     budget: Budget = field(default_factory=Budget)
+    llama_cpp: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,14 @@ def compare_speed(
             sizes = (subject.peer_generate, subject.peer_prefill)
             sides += [Contender(transformers_peer.LOOP, "decode", peer, *sizes)]
             sides += [Contender(transformers_peer.GENERATE, "generate", peer, *sizes)]
+        if llama_cpp_peer.NAME in options.peers and subject.gguf:
+            try:
+                file, extra = gguf_file(subject, recipe, options, say)
+                longest = str(manifest.model.max_length)
+                peer = stack.enter_context(Worker(llama_cpp_peer.__name__, str(file), longest, extra=extra))
+                sides += [Contender(llama_cpp_peer.NAME, "decode", peer, subject.generate, subject.prefill)]
+            except ResourceError as error:
+                model.notes.append(f"{llama_cpp_peer.NAME}: {error}")
         greedy: dict[str, list[int]] = {}
         for repetition in range(options.repetitions + 1):
             say(f"{subject.name}: speed {repetition}/{options.repetitions}")
@@ -144,7 +155,8 @@ def one_round(side: Contender, subject: Subject, model: Model, manifest: Manifes
     if not warm_up:
         # What a peer reads is another matter: it may hold the weights in another precision.
         read = model.traffic.total if side.engine == OURS else 0
-        model.open_series(side.engine, f"tg{tokens}", "tok/s", 1, read).add(tokens / seconds)
+        test = f"tg{tokens}" + (f" @ d{context}" if context > SHORT_CONTEXT else "")
+        model.open_series(side.engine, test, "tok/s", 1, read).add(tokens / seconds)
     if side.op == "decode":  # a peer's second way to decode has no prefill of its own
         prefill = {"op": "prefill", "prompt": prompt_ids(length, vocab)}
         seconds, _ = sample(side.worker, prefill, 0.0 if warm_up else SHORTEST_S)
@@ -211,6 +223,28 @@ def start_once(engine: str, program: list[str], device: str = "cpu", timeout: fl
         raise ResourceError(f"{engine} did not start", f"{why}: {tail(done.stderr)}", "")
     answer = json.loads(done.stdout.splitlines()[-1])
     return answer["first_token"] - done.started, int(answer["peak"])
+
+
+def gguf_file(subject: Subject, recipe: Recipe, options: Options, say: Say) -> tuple[Path, dict[str, str]]:
+    """The file that llama.cpp reads, random weights in the subject's shape, and the environment that has llama.cpp.
+
+    Raises:
+        ResourceError: llama-cpp-python or gguf is not installed, or the file cannot be made.
+    """
+    places = [str(options.llama_cpp), os.environ.get("PYTHONPATH", "")] if options.llama_cpp else []
+    extra = {"PYTHONPATH": os.pathsep.join(p for p in places if p)} if places else {}
+    done = run([sys.executable, "-c", "import gguf, llama_cpp"], extra=extra)
+    if done.code:
+        fix = "pip install --target DIR llama-cpp-python gguf, and --llama-cpp DIR"
+        raise ResourceError("it is not installed, and was left out", tail(done.stderr, 200), fix)
+    file = options.artifacts / f"{subject.name}.{subject.gguf}.gguf"
+    if not file.is_file():
+        say(f"{subject.name}: writing {file.name}")
+        command = [sys.executable, "-m", llama_cpp_model.__name__, str(recipe.config_path()), subject.gguf, str(file)]
+        done = run(command, extra=extra)
+        if done.code:
+            raise ResourceError(f"{file.name} could not be made", tail(done.stderr), "")
+    return file, extra
 
 
 def peer_source(recipe: Recipe) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..artifacts.errors import UsageError
 from .gpu_subjects import GPU_MODELS
@@ -34,6 +35,7 @@ class Subject:
         generate, prefill: tokens of the tests tg and pp; `peer_…` for a peer too slow for as many.
         stories: the checkpoint is not in the repository; `--stories` says where it is.
         large: left out of quick runs unless named.
+        gguf: the type of llama.cpp's weights that it is compared with, "" for none.
         device: "cpu" or "cuda". workloads: on a GPU, the tests, in place of context, generate and prefill.
     """
 
@@ -49,6 +51,7 @@ class Subject:
     peer_prefill: int = 512
     stories: bool = False
     large: bool = False
+    gguf: str = ""
     device: str = "cpu"
     workloads: tuple[Workload, ...] = ()
 
@@ -76,10 +79,17 @@ _LLAMA_1B = (
     "model.source=random",
     # The logits of random weights are nearly flat: which token is on top says nothing there; KL still does.
     "gate.budgets.top1=0",
-    "model.max_length=1024",
+    # Nor do they say what a scheme costs.
+    "gate.accuracy_tokens=0",
+    "model.max_length=1152",
     "shapes.decode_batch_sizes=[1]",
     "shapes.prefill_lengths=[128]",
 )
+
+_LARGE: dict[str, Any] = {
+    "recipe": "llama-3.2-1b.toml", "large": True, "context": 1000, "generate": 64, "peer_generate": 8,
+    "peer_prefill": 128,
+}  # fmt: skip
 
 SUBJECTS = (
     Subject(
@@ -89,7 +99,7 @@ SUBJECTS = (
     Subject("demo", "demo.toml", goals=_TINY),
     Subject("demo-int8", "demo-int8.toml", goals=_TINY),
     Subject(
-        "llama-3.2-1b", "llama-3.2-1b.toml", large=True, settings=_LLAMA_1B, peer_generate=8, peer_prefill=128,
+        "llama-3.2-1b", gguf="BF16", settings=_LLAMA_1B, **_LARGE,
         goals=(
             Goal("tokens_per_second", ">=", 14.0, f"{_ISSUE} (llama.cpp: 16, untouched AOTInductor: 6.5)"),
             # The same goal for a machine with another memory: 14 tok/s x 2.47 GB of the 40 GB/s it was set on.
@@ -98,7 +108,7 @@ SUBJECTS = (
         ),
     ),
     Subject(
-        "llama-3.2-1b-int8", "llama-3.2-1b.toml", large=True, peer_generate=8, peer_prefill=128,
+        "llama-3.2-1b-int8", gguf="Q8_0", **_LARGE,
         settings=("name=llama-3.2-1b-int8", *_LLAMA_1B, "quantization.scheme=W8A16"),
         goals=(
             Goal("tokens_per_second", ">=", 22.0, f"{_ISSUE} (llama.cpp Q8_0: 26)"),
@@ -106,6 +116,14 @@ SUBJECTS = (
             Goal("read_share", ">=", 0.68, "the goal above as a share of the read bandwidth it was set on"),
             *_LLAMA_BUILD,
         ),
+    ),
+    Subject(
+        "llama-3.2-1b-w8a8", gguf="Q8_0", goals=_LLAMA_BUILD, **_LARGE,
+        settings=("name=llama-3.2-1b-w8a8", *_LLAMA_1B, "quantization.scheme=W8A8"),
+    ),
+    Subject(
+        "llama-3.2-1b-int4", gguf="Q4_0", goals=_LLAMA_BUILD, **_LARGE,
+        settings=("name=llama-3.2-1b-int4", *_LLAMA_1B, "quantization.scheme=W4A16"),
     ),
     *(
         Subject(m.name, f"{m.name}.toml", m.goals, m.settings, device="cuda", workloads=m.workloads, large=m.large)

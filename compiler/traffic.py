@@ -53,9 +53,9 @@ def looked_up(names: Sequence[str], tensors: Mapping[str, Facts], vocab_size: in
     """Those weights of which a step reads one row per token.
 
     An embedding is one unless it is the only matrix with a row per token of the vocabulary: then it is tied, and the LM
-    head reads it in full.
+    head reads it in full. One that is packed for products is the LM head's, too.
     """
-    matrices = [n for n in names if len(tensors[n][0]) >= 2]
+    matrices = [n for n in names if len(tensors[n][0]) >= 2 and not n.endswith("__packed")]
     vocabulary = [n for n in matrices if tensors[n][0][0] == vocab_size]
     return {n for n in matrices if _TABLE.search(n) and vocabulary != [n]}
 

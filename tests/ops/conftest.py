@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import platform
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from ingot.compiler.backends.cpu_kernels import compile_kernels
+from ingot.compiler.backends.cpu_kernels import SOURCE_FOLDER, compile_kernels
 
 _DTYPES = {
     torch.uint8: 0,
@@ -103,4 +105,24 @@ class Kernels:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     path = tmp_path_factory.mktemp("kernels") / "kernels.so"
     compile_kernels(path)
+    return Kernels(path)
+
+
+# What a -march adds that its kernels would be stopped without; the machine at hand may lack it.
+_NEEDS = {"x86-64-v2": (), "x86-64-v3": ("avx2", "fma"), "x86-64-v4": ("avx512f", "avx512bw", "avx512vl")}
+
+
+@pytest.fixture(scope="session", params=["native", *_NEEDS])
+def products(request: pytest.FixtureRequest, kernels: Kernels, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The kernels of products for each instruction set that this machine can run, the others skipped."""
+    if request.param == "native":
+        return kernels
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    if platform.machine() != "x86_64" or not set(_NEEDS[request.param]) <= set(flags.split()):
+        pytest.skip(f"this machine cannot run {request.param}")
+    path = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
+    names = ("linear", "linear_packed", "run", "shim", "memory")
+    sources = [str(SOURCE_FOLDER / f"{name}.cpp") for name in names]
+    flags_of_it = ["-O1", f"-march={request.param}", "-std=gnu++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+    subprocess.run(["g++", *flags_of_it, "-ffp-contract=fast", "-w", "-shared", *sources, "-o", str(path)], check=True)
     return Kernels(path)
