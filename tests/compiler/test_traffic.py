@@ -90,6 +90,13 @@ def test_names_of_other_families(names: tuple[str, ...], tables: set[str]) -> No
     assert {t for t in ("wte", "wpe", "embed_in", "embed_out") for n in found if t in n} == tables
 
 
+def test_a_packed_embedding_is_read_in_full() -> None:
+    """It is packed only where products read it; its shape no longer tells."""
+    tensors: dict[str, Facts] = {"model__embed_tokens__weight__int4__packed": ((2, 1, 64, 4), "uint8")}
+    traffic = step_bytes(manifest(tuple(tensors), (FULL,)), tensors, [1])
+    assert (traffic.weights, traffic.rows) == (2 * 64 * 4, 0)
+
+
 def test_the_smallest_decode_engine_is_meant() -> None:
     assert decode_engine(manifest(())).name == "decode-b1"
 
