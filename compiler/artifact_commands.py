@@ -90,6 +90,7 @@ def compare(args: argparse.Namespace) -> int:
     with open_progress(args.json or not rounds) as progress, progress.stage("speed", rounds * len(args.artifacts)):
         result = comparing.compare(
             args.artifacts, rounds=rounds, prompt=args.prompt, tokens=args.tokens, other_weights=args.other_weights,
+            trust=args.trust,
             say=lambda text: progress.update(text, 1),
         )  # fmt: skip
     if args.json:

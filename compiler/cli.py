@@ -118,6 +118,14 @@ def _call(args: argparse.Namespace) -> int:
         from .cache_commands import cache
 
         return cache(args)
+    if args.command == "diff":
+        from .diff import print_diff
+
+        return print_diff(args)
+    if args.command == "ci":
+        from .ci.command import ci
+
+        return ci(args)
     from . import build_commands
 
     return {
@@ -217,6 +225,16 @@ def _compare_options(compare: argparse.ArgumentParser) -> None:
     compare.add_argument(
         "--other-weights", action="store_true", help="compare artifacts of different checkpoints of one architecture"
     )
+    _takes_trust(compare)
+
+
+def _takes_trust(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
+        "--trust",
+        action="append",
+        metavar="POLICY",
+        help="whose code may run: local, signed, signed:PUBLIC_KEY or digest:sha256:HEX (repeatable: any of them)",
+    )
 
 
 def _run_options(run: argparse.ArgumentParser) -> None:
@@ -231,10 +249,7 @@ def _run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--stop", action="append", metavar="STR", help="end before this text (repeatable)")
     run.add_argument("--chat", action="store_true", help="send the prompt through the model's chat template")
     run.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="print as tokens come")
-    run.add_argument(
-        "--trust", action="append", metavar="POLICY",
-        help="whose code may run: local, signed, signed:PUBLIC_KEY or digest:sha256:HEX (repeatable: any of them)",
-    )  # fmt: skip
+    _takes_trust(run)
     run.add_argument("--json", action="store_true", help="print one JSON object: text, tokens, finish reason, times")
     run.add_argument(
         "--gpu-memory-utilization", type=float, metavar="SHARE",

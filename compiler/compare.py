@@ -79,6 +79,7 @@ def compare(
     prompt: int | None = None,
     tokens: int | None = None,
     other_weights: bool = False,
+    trust: Sequence[str] | None = None,
     say: Say = lambda text: None,
 ) -> Comparison:
     """Open and check the artifacts and measure their speed.
@@ -87,6 +88,7 @@ def compare(
         other_weights: compare also what was built from different checkpoints of one architecture and tokenizer.
         rounds: how often each is measured; 0 measures no speed. prompt, tokens: sizes of the tests; None takes what
             fits all of them: a prompt of up to 512 tokens, and up to 64 tokens to decode.
+        trust: whose code may run, as in `LLM`.
 
     Raises:
         UsageError: fewer than two artifacts, or they are not of one model and tokenizer.
@@ -109,7 +111,7 @@ def compare(
     for turn in range(rounds):
         for row, artifact in running:
             say(f"round {turn + 1} of {rounds}: {row.name}")
-            _measure(row, artifact, sizes)
+            _measure(row, artifact, sizes, trust)
     model = artifacts[0].manifest.model
     return Comparison(f"{model.architecture}, {model.num_layers} layers", **sizes, rounds=rounds, rows=rows)
 
@@ -190,8 +192,9 @@ def _runs_here(row: Row, manifest: Manifest) -> bool:
     return not reasons
 
 
-def _measure(row: Row, artifact: OpenArtifact, sizes: dict[str, int]) -> None:
-    asked = {"artifact": str(artifact.root), "vocabulary": artifact.manifest.model.vocab_size, **sizes}
+def _measure(row: Row, artifact: OpenArtifact, sizes: dict[str, int], trust: Sequence[str] | None) -> None:
+    asked: dict[str, Any] = {"artifact": str(artifact.root), "vocabulary": artifact.manifest.model.vocab_size, **sizes}
+    asked["trust"] = None if trust is None else list(trust)
     found = ask_child("ingot.runtime.speed", asked)
     for name in ("prefill", "decode", "load_s"):
         getattr(row, name).append(found[name])

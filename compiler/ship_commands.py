@@ -46,7 +46,7 @@ def pull(args: argparse.Namespace) -> int:
         _, findings = check_signature(artifact, args.key)
         if findings:
             why, fix = "; ".join(map(str, findings)), findings[0].fix
-            raise VerificationError(f"{reference} is not signed as it should be, and is not kept", why, fix)
+            raise VerificationError(f"{reference} is not signed as it should be, and is not put in place", why, fix)
 
     with open_progress(args.json) as progress, progress.stage(f"pull {reference}"):
         image, manifest = pull_artifact(

@@ -1,4 +1,4 @@
-"""The options of the commands that ship artifacts: `push` and `pull`."""
+"""The options of the commands around artifacts: `push`, `pull`, `diff` and `ci`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def add_ship_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Add `push` and `pull`; `command` makes a subcommand's parser out of its name and summary."""
+    """Add them; `command` makes a subcommand's parser out of its name and summary."""
     where = "HOST/NAME:TAG, HOST/NAME@sha256:HEX, oci:FOLDER:TAG or dir:FOLDER"
     push = command("push", "send an artifact to a registry, an OCI layout folder or a folder")
     push.add_argument("artifact", type=Path, metavar="ARTIFACT")
@@ -24,5 +24,12 @@ def add_ship_commands(command: Callable[[str, str], argparse.ArgumentParser]) ->
         metavar="PUBLIC_KEY",
         help="keep it only if this key signed it (repeatable)",
     )
+    diff = command("diff", "say what two artifacts differ in")
+    diff.add_argument("artifacts", type=Path, nargs=2, metavar="ARTIFACT")
+    diff.add_argument("--no-weights", action="store_true", help="do not read the weights tensor by tensor")
+    ci = command("ci", "build a matrix, compare it with what is in production, and ship it")
+    ci.add_argument("pipeline", type=Path, metavar="PIPELINE", help="a pipeline (*.toml)")
+    ci.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: as the pipeline says")
+    ci.add_argument("--cache-dir", type=Path, metavar="DIR", help="the build cache that all builds share")
     for added in (push, pull):
         added.add_argument("--plain-http", action="store_true", help="no TLS, also for another machine's registry")

@@ -50,7 +50,8 @@ def prefill(llm: LLM, prompt: list[int]) -> tuple[float, list[int]]:
 def main(request: str, result: str) -> None:
     """{"artifact", "prompt", "tokens", "vocabulary"} -> tokens/s of prompt and decoding, load seconds, peak bytes.
 
-    Prompts are random tokens, no two alike, so that no cache of prompts can serve one.
+    The request may hold "trust", as in `LLM`. Prompts are random tokens, no two alike, so that no cache of prompts can
+    serve one.
     """
     asked = json.loads(Path(request).read_text())
     length, tokens, vocabulary = asked["prompt"], asked["tokens"], asked["vocabulary"]
@@ -60,7 +61,7 @@ def main(request: str, result: str) -> None:
         return [numbers.randrange(vocabulary) for _ in range(size)]
 
     begin = time.perf_counter()
-    with LLM(asked["artifact"]) as llm:
+    with LLM(asked["artifact"], trust=asked.get("trust")) as llm:
         loaded = time.perf_counter() - begin
         context = min(_CONTEXT, length)
         prefill(llm, prompt(length))  # the first run of each kind warms up
