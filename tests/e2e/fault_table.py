@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,21 +252,17 @@ def random_times(bench: Bench, cache: str, output: str, name: str, count: int, s
     return row
 
 
-def rows(bench: Bench, step: int, random_count: int, only: str, tell: Callable[[Row], None]) -> Iterator[Row]:
+def rows(bench: Bench, step: int, random_count: int, only: str) -> Iterator[Row]:
     """The whole table, or the rows in whose name, such as "cold/old/EIO", `only` stands."""
     for cache, output in (("cold", "none"), ("cold", "old"), ("warm", "old")):
         for fault in FAULTS:
             if only not in f"{cache}/{output}/{fault}":
                 continue
-            row = every_call(bench, cache, output, fault, step)
-            tell(row)
-            yield row
+            yield every_call(bench, cache, output, fault, step)
     for name in SIGNALS:
         if only not in f"cold/old/{name} at random":
             continue
-        row = random_times(bench, "cold", "old", name, random_count)
-        tell(row)
-        yield row
+        yield random_times(bench, "cold", "old", name, random_count)
 
 
 def main() -> int:
@@ -297,7 +293,8 @@ def main() -> int:
     form = "  ".join(["{:<5}", "{:<6}", "{:<18}", "{:>5}", "{:>6}", "{:>5}", "{:>5}", "{:<24}", "{:>5}"])
     print(form.format(*HEAD), flush=True)
     failed = 0
-    for row in rows(bench, options.step, options.random, options.only, lambda row: print(form.format(*row.cells()))):
+    for row in rows(bench, options.step, options.random, options.only):
+        print(form.format(*row.cells()), flush=True)
         failed += len(row.wrong)
         for line in row.wrong[:10]:
             print(f"      {line}", flush=True)
