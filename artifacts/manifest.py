@@ -22,11 +22,12 @@ from .strict import AtMost, Matches, OneOf, Range
 SCHEMA_VERSION = 2
 FILE_NAME = "manifest.json"
 # Beside the manifest, not in it: times and host names would make equal builds differ, the bill of materials says what
-# was installed there, and a signature covers the manifest itself.
+# was installed there, the page shows all of that, and a signature covers the manifest itself.
 SIGNATURE = "model.sig"
 PROVENANCE = "report/provenance.json"
 SBOM = "report/sbom.cdx.json"
-UNLISTED = (PROVENANCE, SBOM, "report/build.log", SIGNATURE)
+PAGE = "report/report.html"
+UNLISTED = (PROVENANCE, SBOM, PAGE, "report/build.log", SIGNATURE)
 
 ENGINE_KINDS = ("aoti", "plan")
 # In the words of numpy and safetensors.

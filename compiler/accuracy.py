@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..artifacts.errors import UsageError
 from ..artifacts.manifest import Manifest
 from ..passes.quantize.schemes import SCHEMES
 from .cache.inputs import ACCURACY_TEXT
@@ -29,6 +30,7 @@ from .recipe_parse import read_text
 from .reference_model import ReferenceModel
 from .tokenizer_check import load_tokenizer
 
+_TOKENS, _TOKENS_SLOW, _SLOW_PARAMETERS = 2048, 512, 250_000_000  # unless the recipe says how many
 _WINDOW = 512
 _REFERENCE_BYTES = 1 << 28  # logits of the reference that are held at once
 _BUCKETS = 8  # of positions in a window
@@ -91,10 +93,21 @@ def cut(source: str, ids: Sequence[int], lead: Sequence[int], positions: int, ma
     return Windows(source, sequences, prompts)
 
 
-def accuracy_windows(plan: Plan | BuildFacts, tokenizer: Path | None) -> Windows:
-    """The recipe's text in windows; random tokens, from the gate's seed, where the model has no tokenizer."""
+def tokens_wanted(recipe: Recipe, parameters: int) -> int:
+    """How many tokens are predicted. On a CPU a large model would take minutes for as many as a small one."""
+    if recipe.gate.accuracy_tokens is not None:
+        return recipe.gate.accuracy_tokens
+    return _TOKENS_SLOW if recipe.target.device == "cpu" and parameters > _SLOW_PARAMETERS else _TOKENS
+
+
+def accuracy_windows(plan: Plan | BuildFacts, tokenizer: Path | None, parameters: int) -> Windows:
+    """The recipe's text in windows; random tokens, from the gate's seed, where the model has no tokenizer.
+
+    Raises:
+        UsageError: the recipe's own text is too short to predict anything of.
+    """
     recipe = plan.recipe
-    wanted, longest = recipe.gate.accuracy_tokens, recipe.model.max_length
+    wanted, longest = tokens_wanted(recipe, parameters), recipe.model.max_length
     if tokenizer is None:
         ids = np.random.default_rng(recipe.gate.seed).integers(0, plan.vocabulary, wanted + _WINDOW).tolist()
         return cut("random tokens", ids, [], wanted, longest)
@@ -104,7 +117,14 @@ def accuracy_windows(plan: Plan | BuildFacts, tokenizer: Path | None) -> Windows
     probe = loaded.encode("a")
     lead = [i for i, _ in zip(probe.ids, _leading(probe.special_tokens_mask))]
     ids = loaded.encode(read_text(path or ACCURACY_TEXT), add_special_tokens=False).ids
-    return cut(recipe.gate.accuracy_text or ACCURACY_TEXT.name, ids, lead, wanted, longest)
+    windows = cut(recipe.gate.accuracy_text or ACCURACY_TEXT.name, ids, lead, wanted, longest)
+    if wanted and path is not None and not windows.positions:
+        raise UsageError(
+            f"gate.accuracy_text = {recipe.gate.accuracy_text!r} is too short",
+            f"its {len(ids)} tokens leave none to predict behind a context of {min(_WINDOW, longest) // 8}",
+            "name a longer text, or leave the key out for the bundled one",
+        )
+    return windows
 
 
 def _leading(mask: Sequence[int]) -> Iterator[int]:

@@ -86,13 +86,19 @@ def compare(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value} is refused", "it is less than 1", "pass --no-speed to measure nothing")
+    if args.html is not None and (args.html.is_dir() or not args.html.parent.is_dir()):
+        why = "it is a folder" if args.html.is_dir() else "there is no such folder to write it into"
+        raise UsageError(f"--html {args.html} is refused", why, "name a file in a folder that exists")
     rounds = 0 if args.no_speed else args.rounds
     with open_progress(args.json or not rounds) as progress, progress.stage("speed", rounds * len(args.artifacts)):
         result = comparing.compare(
             args.artifacts, rounds=rounds, prompt=args.prompt, tokens=args.tokens, other_weights=args.other_weights,
-            trust=args.trust,
-            say=lambda text: progress.update(text, 1),
+            trust=args.trust, say=lambda text: progress.update(text, 1),
         )  # fmt: skip
+    if args.html is not None:
+        from .html.compare_page import render_comparison
+
+        args.html.write_text(render_comparison(result), "utf-8")
     if args.json:
         print(json.dumps(result.to_dict(), allow_nan=False))
         return 0
@@ -100,6 +106,8 @@ def compare(args: argparse.Namespace) -> int:
     print_table(result.model, columns, rows)
     for note in comparing.notes(result):
         print(printable(note))
+    if args.html is not None:
+        print(f"wrote {args.html}")
     return 0
 
 

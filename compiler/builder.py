@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifacts.errors import GateError, ResourceError, UsageError
-from ..artifacts.manifest import Manifest
+from ..artifacts.manifest import PAGE, PROVENANCE, Manifest
 from ..artifacts.store import ArtifactWriter
 from ..artifacts.trust import record_build
 from .accuracy_facts import summary
@@ -29,7 +29,7 @@ from .model_source import resolve_source
 from .provenance import attestations
 from .recipe import Recipe
 from .recipe_check import check_files
-from .record import draft_manifest, listed, reports
+from .record import draft_manifest, listed, page, reports
 from .stages import Stages
 
 if TYPE_CHECKING:
@@ -119,12 +119,12 @@ def build(
                 facts, root, lambda: _gate(facts, workshop(), listed(root, manifest), root, tokenizer, progress)
             )
         measured, task = None, None
-        if facts.lossy and recipe.gate.accuracy_tokens:
+        if facts.lossy and recipe.gate.accuracy_tokens != 0:
             with clock("accuracy"):
                 measured = stages.accuracy(
                     root, lambda: _accuracy(facts, workshop(), listed(root, manifest), root, tokenizer)
                 )
-            gate = {**gate, "accuracy": summary(measured)}
+            gate = {**gate, "accuracy": summary(measured)} if measured else gate
         if recipe.gate.task:
             with clock("task"):
                 task = stages.task(facts, root, lambda: listed(root, manifest))
@@ -138,11 +138,16 @@ def build(
         manifest = replace(manifest, passes=written["passes"], gate=gate)
         for name, value in written.items():
             (root / "report" / f"{name}.json").write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        with clock("speed"):
+            speed = stages.speed(root, lambda: listed(root, manifest))
         records = {name: known.records for name, known in facts.engines.items()}
+
+        def attest(final: Manifest) -> dict[str, bytes]:
+            files = attestations(final, started, clock.seconds, records, session.steps, speed)
+            return {**files, PAGE: page(root, final, json.loads(files[PROVENANCE]), measured)}
+
         with clock("publish"), progress.stage("digest and publish"):
-            manifest = writer.commit(
-                manifest, lambda final: attestations(final, started, clock.seconds, records, session.steps)
-            )
+            manifest = writer.commit(manifest, attest)
     try:
         record_build(manifest.digest())
     except ResourceError as error:
@@ -227,7 +232,9 @@ def _accuracy(
     """Measure what was lost; the accuracy report. Raises GateError where it is more than the budgets."""
     from . import accuracy
 
-    windows = accuracy.accuracy_windows(facts, tokenizer)
+    windows = accuracy.accuracy_windows(facts, tokenizer, manifest.model.parameters)
+    if not windows.positions:
+        return {}
     measured = accuracy.measure(facts, workshop.weights.load, root, manifest, windows)
     if missed := accuracy.shortfalls(facts.recipe, measured):
         raise GateError(

@@ -222,6 +222,7 @@ def _compare_options(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is measured (default 5)")
     compare.add_argument("--prompt", type=int, metavar="N", help="tokens of the prompt to measure (default: up to 512)")
     compare.add_argument("--tokens", type=int, metavar="N", help="tokens to decode (default: up to 64)")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="write the table and plots as one HTML file")
     compare.add_argument(
         "--other-weights", action="store_true", help="compare artifacts of different checkpoints of one architecture"
     )

@@ -198,7 +198,7 @@ def _measure(row: Row, artifact: OpenArtifact, sizes: dict[str, int], trust: Seq
     found = ask_child("ingot.runtime.speed", asked)
     for name in ("prefill", "decode", "load_s"):
         getattr(row, name).append(found[name])
-    row.peak_bytes = max(row.peak_bytes or 0, found["peak_bytes"])
+    row.peak_bytes = max(row.peak_bytes or 0, found["peak_bytes"] or 0) or None
 
 
 def median(samples: Sequence[float]) -> float | None:

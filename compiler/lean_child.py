@@ -17,14 +17,24 @@ from typing import Any
 
 from ..artifacts import errors
 from ..artifacts.errors import ResourceError
+from ..artifacts.manifest import Manifest
 
 _TIMEOUT_S = 3600
 
 
-def ask_child(module: str, request: Mapping[str, Any]) -> Any:
-    """What a module answers to a request, both as JSON files: see `run_child`."""
+def ask_child(
+    module: str, request: Mapping[str, Any], root: Path | None = None, manifest: Manifest | None = None
+) -> Any:
+    """What a module answers to a request, both as JSON files: see `run_child`.
+
+    Args:
+        root, manifest: an artifact that is not published yet, which the request then names by these words.
+    """
     with tempfile.TemporaryDirectory(prefix="ingot-child-") as scratch:
         folder = Path(scratch)
+        if manifest is not None:
+            (folder / "manifest.json").write_text(manifest.to_json())
+            request = {**request, "root": str(root), "manifest": str(folder / "manifest.json")}
         (folder / "request.json").write_text(json.dumps(request))
         run_child(module, str(folder / "request.json"), str(folder / "result.json"))
         return json.loads((folder / "result.json").read_text())

@@ -32,6 +32,7 @@ def attestations(
     seconds: Mapping[str, float],
     records: Mapping[str, Sequence[Mapping[str, Any]]],
     steps: Sequence[Step] = (),
+    speed: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
     """The unlisted files of a build by path.
 
@@ -39,13 +40,16 @@ def attestations(
         manifest: finished, so that its digest is the artifact's.
         started: the time the build began, in ISO 8601.
         seconds: per stage.
-        records: of the passes, per engine; steps: what came out of the build cache.
+        records: of the passes, per engine; steps: what came out of the build cache; speed: what one look at the
+            finished artifact measured.
     """
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     times = {engine: {r["name"]: round(r["time_ms"], 3) for r in passes} for engine, passes in records.items()}
     stages = {name: round(value, 3) for name, value in seconds.items()}
     cache = [{"stage": s.stage, "item": s.item, "outcome": s.outcome, "key": s.key} for s in steps]
-    statement = _statement(manifest, started, finished, {"stage_s": stages, "pass_ms": times, "cache": cache})
+    statement = _statement(
+        manifest, started, finished, {"stage_s": stages, "pass_ms": times, "cache": cache, "speed": dict(speed or {})}
+    )
     files = {PROVENANCE: _json(statement), "report/build.log": _log(manifest.name, started, seconds, steps)}
     if (sbom := bill_of_materials(manifest)) is not None:
         files[SBOM] = sbom

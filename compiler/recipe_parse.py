@@ -31,7 +31,7 @@ class Key(NamedTuple):
     default: Any
 
 
-def integer(default: int, low: int, high: int) -> Any:
+def integer(default: int | None, low: int, high: int) -> Any:
     """A dataclass field: an integer in [low, high]."""
     return dataclasses.field(default=default, metadata={"range": (low, high)})
 

@@ -101,7 +101,7 @@ class Gate:
     task: str = ""
     task_examples: int = integer(200, 1, 100_000)
     task_exact_match: float = real(0.95, 0.0, 1.0)
-    accuracy_tokens: int = integer(2048, 0, 1 << 20)
+    accuracy_tokens: int | None = integer(None, 0, 1 << 20)
     accuracy_text: str = ""
     budgets: Budgets = Budgets()
 

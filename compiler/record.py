@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 from .. import __version__
 from ..artifacts.cuda_probe import architecture, probe_cuda
 from ..artifacts.fingerprint import digest_file
+from ..artifacts.kernel_plan import KernelPlan
 from ..artifacts.manifest import SCHEMA_VERSION, EngineEntry, FileEntry, KVCache, Manifest, Model, Target
 from ..artifacts.target import host_target
+from ..runtime.weights import read_headers
 from .assets import write_assets
 from .cache.toolchain import compiler, versions
 from .facts import BuildFacts
+from .html.report import render_report, report_facts
+from .traffic import step_bytes
 
 # x86-64-v3, in /proc/cpuinfo's words.
 _PORTABLE_ISA = ("ssse3", "sse4_1", "sse4_2", "popcnt", "bmi1", "bmi2", "avx", "avx2", "fma", "f16c", "abm", "movbe")
@@ -95,3 +100,16 @@ def reports(facts: BuildFacts, gate_report: dict[str, Any]) -> dict[str, Any]:
             entry["facts"] = {k: v for k, v in entry["facts"].items() if k not in ("inputs", "layers")}
             passes.append({"engine": engine, **entry})
     return {"passes": passes, "gate": gate_report}
+
+
+def page(root: Path, manifest: Manifest, provenance: Mapping[str, Any], accuracy: Mapping[str, Any] | None) -> bytes:
+    """report/report.html of a finished manifest. It tells times too, and so is not part of the digest."""
+    headers = read_headers(root / path for path in manifest.weights)
+    tensors = {name: (t.shape, t.dtype) for file in headers for name, t in file.tensors.items()}
+    plans = [e for e in manifest.engines if e.kind == "plan"]
+    facts = report_facts(
+        manifest, provenance=provenance, accuracy=accuracy,
+        traffic=step_bytes(manifest, tensors, [max(manifest.model.max_length // 2, 1)]),
+        kernels={e.name: KernelPlan.from_json((root / e.file).read_bytes(), e.file).summary() for e in plans},
+    )  # fmt: skip
+    return render_report(facts).encode()

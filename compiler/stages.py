@@ -25,6 +25,7 @@ from .cache.session import Session
 from .console import Progress
 from .engines import compile_cpu, compile_cuda, cpu_entry, cuda_entry
 from .facts import BuildFacts, EngineFacts
+from .lean_child import ask_child
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -158,6 +159,21 @@ class Stages:
         key = self._judging("task", root, fields)
         with self.progress.stage("task"):
             result: dict[str, Any] = self.session.run(key, make, name=("task", ""))
+        return result
+
+    def speed(self, root: Path, manifest: Callable[[], Manifest]) -> dict[str, Any]:
+        """Tokens/s of one chunk of a prompt and of decoding: one look, on a machine that was just busy."""
+        room = max(self.recipe.model.max_length - 1, 1)
+        sizes = {"prompt": min(max(self.recipe.shapes.prefill_lengths), room), "tokens": max(1, min(32, room - 16))}
+
+        def make() -> dict[str, Any]:
+            drafted = manifest()
+            asked = {"vocabulary": drafted.model.vocab_size, **sizes}
+            return {**sizes, **ask_child("ingot.runtime.speed", asked, root, drafted)}
+
+        key = self._judging("speed", root, sizes)
+        with self.progress.stage("speed"):
+            result: dict[str, Any] = self.session.run(key, make, name=("speed", ""))
         return result
 
     def _facts(self, name: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ A number people understand, before and after quantization: the share of answers 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,7 @@ def run_task(plan: Plan | BuildFacts, root: Path, manifest: Manifest, load: Load
     if path is None:
         raise UsageError("the recipe has no task", "gate.task is not set", "")
     items = read_task(path, recipe.gate.task_examples)
-    with tempfile.TemporaryDirectory(prefix="ingot-task-") as scratch:
-        drafted = Path(scratch) / "manifest.json"
-        drafted.write_text(manifest.to_json())
-        answers = ask_child("ingot.runtime.answer", {"root": str(root), "manifest": str(drafted), "items": items})
+    answers = ask_child("ingot.runtime.answer", {"items": items}, root, manifest)
     wrong = [
         {"question": item["messages"][-1].get("content", ""), "answer": item["answer"], "given": given["text"]}
         for item, given in zip(items, answers, strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 from ..recipe import Recipe
 from .entry import flatten
 
-STAGES = ("trace", "weights", "kernels", "engine", "gate", "accuracy", "task")
+STAGES = ("trace", "weights", "kernels", "engine", "gate", "accuracy", "task", "speed")
 
 # Where a file is does not matter, its content does, and that is in the key as a digest (inputs.py); `name` is written
 # into the manifest and read by no stage.
@@ -51,6 +51,7 @@ UNREAD: dict[str, frozenset[str]] = {
     "engine": _NOT_CODE,
     "gate": PLACES | _ACCURACY | _TASK | _PASSES | _BACK_END,
     "accuracy": PLACES | {"gate.prompts", "gate.max_tokens"} | _TASK | _PASSES | _BACK_END,
+    "speed": PLACES | _GATE | _ACCURACY | _TASK | _PASSES | _BACK_END,
     "task": PLACES | _GATE | _ACCURACY | _COUNTS | _PASSES | _BACK_END,
 }
 

@@ -35,6 +35,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "gate": _FLOORS,
     "accuracy": _FLOORS,
+    "speed": _FLOORS,
     "task": _FLOORS,
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ingot.artifacts.errors import UsageError
 from ingot.artifacts.manifest import load_manifest
 from ingot.compiler import accuracy, accuracy_facts
 from ingot.compiler.console import SilentProgress
@@ -54,13 +55,25 @@ def test_every_position_is_predicted_once_behind_its_own_context(
 
 
 def test_a_text_is_read_with_the_tokenizers_own_beginning(demo: Demo, planned: tuple[Plan, Any]) -> None:
-    windows = accuracy.accuracy_windows(planned[0], demo.model / "tokenizer.json")
+    windows = accuracy.accuracy_windows(planned[0], demo.model / "tokenizer.json", 10_000)
     assert windows.positions == 300
     assert all(sequence[0] == 1 and 1 not in sequence[1:] for sequence in windows.sequences)
     assert windows.source == "accuracy.txt"
-    without = accuracy.accuracy_windows(planned[0], None)
+    without = accuracy.accuracy_windows(planned[0], None, 10_000)
     assert (without.source, without.positions) == ("random tokens", 300)
-    assert without.digest == accuracy.accuracy_windows(planned[0], None).digest != windows.digest
+    assert without.digest == accuracy.accuracy_windows(planned[0], None, 10_000).digest != windows.digest
+
+
+def test_a_text_that_is_too_short_is_refused(demo: Demo, planned: tuple[Plan, Any], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Once upon")
+    (tmp_path / "recipe.toml").write_text(demo.recipe.read_text() + 'accuracy_text = "short.txt"\n')
+    recipe = load_recipe(tmp_path / "recipe.toml", [], str(demo.model))
+    plan = replace(planned[0], recipe=recipe)
+    with pytest.raises(UsageError, match="too short") as caught:
+        accuracy.accuracy_windows(plan, demo.model / "tokenizer.json", 10_000)
+    assert "short.txt" in str(caught.value)
+    off = replace(plan, recipe=replace(recipe, gate=replace(recipe.gate, accuracy_tokens=0)))
+    assert accuracy.accuracy_windows(off, demo.model / "tokenizer.json", 10_000).positions == 0
 
 
 @pytest.mark.parametrize(
@@ -89,7 +102,18 @@ def test_groups_are_named_in_order(demo: Demo, tmp_path: Path) -> None:
 def test_the_bundled_text_is_long_enough_for_a_large_vocabulary() -> None:
     words = accuracy.ACCURACY_TEXT.read_text("utf-8")
     # Tokenizers of 128,000 words take some four characters of English a token.
-    assert len(words) / 4.3 > load_recipe(Path(__file__).parents[2] / "recipes/demo.toml").gate.accuracy_tokens
+    assert len(words) / 4.3 > 2048 + 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameters", "wanted"),
+    [
+        ([], 10_000_000, 2048), ([], 1_000_000_000, 512), (["target.device=cuda"], 1_000_000_000, 2048),
+        (["gate.accuracy_tokens=0"], 10_000_000, 0), (["gate.accuracy_tokens=4096"], 1_000_000_000, 4096),
+    ],
+)  # fmt: skip
+def test_how_many_tokens_are_predicted(demo: Demo, settings: list[str], parameters: int, wanted: int) -> None:
+    assert accuracy.tokens_wanted(load_recipe(demo.recipe, settings), parameters) == wanted
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -97,7 +121,7 @@ def test_the_bundled_text_is_long_enough_for_a_large_vocabulary() -> None:
 
 def test_a_lossless_artifact_loses_nothing(demo: Demo, planned: tuple[Plan, Any]) -> None:
     plan, load = planned
-    windows = accuracy.accuracy_windows(plan, demo.model / "tokenizer.json")
+    windows = accuracy.accuracy_windows(plan, demo.model / "tokenizer.json", 10_000)
     report = accuracy.measure(plan, load, demo.artifact, load_manifest(demo.artifact), windows)
     found = report["engine"]
     assert found["tokens"] == report["positions"] == 300
@@ -119,7 +143,7 @@ def test_what_other_weights_lose_is_what_transformers_says(demo: Demo, planned: 
     def coarse(name: str) -> torch.Tensor:
         return (load(name) * 8).round() / 8
 
-    windows = accuracy.accuracy_windows(plan, demo.model / "tokenizer.json")
+    windows = accuracy.accuracy_windows(plan, demo.model / "tokenizer.json", 10_000)
     report = accuracy.measure(plan, coarse, demo.artifact, load_manifest(demo.artifact), windows)
     sound = AutoModelForCausalLM.from_pretrained(demo.model, dtype="float32", attn_implementation="eager").eval()
     worse = AutoModelForCausalLM.from_pretrained(demo.model, dtype="float32", attn_implementation="eager").eval()

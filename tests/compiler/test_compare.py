@@ -110,6 +110,19 @@ def test_numbers_below_one_are_refused(make: Make, capsys: pytest.CaptureFixture
     assert code == 2 and flag in err
 
 
+def test_the_page_is_written_or_refused_before_anything_is_measured(
+    make: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = make("a"), make("b", name="other")
+    code, out, _ = main(capsys, "compare", a, b, "--no-speed", "--html", tmp_path / "page.html")
+    assert code == 0 and f"wrote {tmp_path / 'page.html'}" in out
+    assert "</html>" in (tmp_path / "page.html").read_text("utf-8")
+    monkeypatch.setattr(compare, "ask_child", lambda *args: pytest.fail("it was run"))
+    for wrong in (tmp_path, tmp_path / "nowhere" / "page.html"):
+        code, _, err = main(capsys, "compare", a, b, "--html", wrong)
+        assert code == 2 and "--html" in err
+
+
 def test_tests_that_do_not_fit_are_refused(make: Make) -> None:
     with pytest.raises(UsageError, match="do not fit"):
         compare.compare([make("a"), make("b")], rounds=1, prompt=1 << 20)
