@@ -30,8 +30,8 @@ def _settings(max_length: int, decode_batches: str, prefill_lengths: str, cache_
     return (
         "model.source=random",
         "target.device=cuda",
-        # The logits of random weights are nearly flat: which token is on top says nothing there; KL still does. A report
-        # of what bfloat16 loses of them says nothing either.
+        # The logits of random weights are nearly flat: which token is on top says nothing there; KL still does. What
+        # bfloat16 loses of them says nothing either.
         "gate.budgets.top1=0",
         "gate.accuracy_tokens=0",
         "gate.max_tokens=8",
