@@ -1,8 +1,9 @@
 """A peer on the GPU: gpt-fast (github.com/meta-pytorch/gpt-fast), from a folder with its model.py and generate.py.
 
-`python -m ingot.benchmarks.gpt_fast_peer FOLDER CONFIG` answers {"op": "decode", "batch": n, "context": n, "tokens": n}
-with the seconds of `tokens` steps. Its model is built with random weights in the shape of a config.json, and its
-decode_one_token is compiled and called as its own generate.py does; nothing of it is part of this repository.
+`python -m ingot.benchmarks.gpt_fast_peer FOLDER CONFIG [DEVICE [int8]]` answers
+{"op": "decode", "batch": n, "context": n, "tokens": n} with the seconds of `tokens` steps. Its model is built with
+random weights in the shape of a config.json, with "int8" in its own weight-only form, and its decode_one_token is
+compiled and called as its own generate.py does; nothing of it is part of this repository.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def load(folder: Path) -> Any:
 class Peer:
     """A model on the device, its decode_one_token compiled."""
 
-    def __init__(self, folder: Path, config: Path, device: str = "cuda") -> None:
+    def __init__(self, folder: Path, config: Path, device: str = "cuda", mode: str = "") -> None:
         import torch
 
         self.generate = load(folder)
@@ -73,9 +74,21 @@ class Peer:
                         parameter.normal_(0.0, 0.02)
         finally:
             torch.set_default_dtype(torch.float32)
+        if mode == "int8":
+            self._quantize()
         self.model.eval()
         self.step = torch.compile(self.generate.decode_one_token, mode="reduce-overhead", fullgraph=True)
         self._shape: tuple[int, int, int] | None = None
+
+    def _quantize(self) -> None:
+        """Its own int8 weights with a scale per row, of random values."""
+        handler = importlib.import_module("quantize").WeightOnlyInt8QuantHandler(self.model)
+        self.model = handler.convert_for_runtime().to(self.device)
+        for name, buffer in self.model.named_buffers():
+            if name.endswith(".weight"):
+                buffer.random_(-127, 128)
+            elif name.endswith(".scales"):
+                buffer.fill_(2e-4)
 
     def decode(self, request: dict[str, Any]) -> dict[str, Any]:
         """Seconds of `tokens` steps of `batch` rows that see `context` tokens and more."""
@@ -107,9 +120,9 @@ class Peer:
             token = token.clone()
 
 
-def main(folder: str, config: str, device: str = "cuda") -> None:
+def main(folder: str, config: str, device: str = "cuda", mode: str = "") -> None:
     """Serve until stdin closes."""
-    peer = Peer(Path(folder), Path(config), device)
+    peer = Peer(Path(folder), Path(config), device, mode)
     serve({"decode": peer.decode})
 
 

@@ -29,6 +29,7 @@ from .workload import Workload
 
 _LEAST_S = 10.0  # an answer that is under way may take so long past the end
 _GPT_FAST = "gpt-fast"
+_INT8 = "W8A16"
 
 
 @dataclass(frozen=True)
@@ -198,17 +199,20 @@ def peers(
     """The jobs of each peer, and how its worker is started."""
     found: list[tuple[list[Job], Callable[[], Worker]]] = []
     asked = [j for j in jobs if j.load.peers and j.load.batch in (options.peer_batches or (j.load.batch,))]
-    if recipe.quantization.active:  # they hold the weights in full, and read another number of bytes
+    quantized = recipe.quantization.schemes
+    # gpt-fast has int8 weights with a scale per row as well; of all else, peers hold the weights in full.
+    alike = asked if quantized in ((), (_INT8,)) else [replace(j, read_bytes=0) for j in asked]
+    if quantized:
         asked = [replace(j, read_bytes=0) for j in asked]
     source = peer_source(recipe)
     config = source / "config.json" if source.is_dir() else source
     if _GPT_FAST in options.peers and options.gpt_fast is not None:
         # What its authors publish, and what the goals compare with, is one row.
-        single = [j for j in asked if j.load.phase == "decode" and j.load.batch == 1]
+        single = [j for j in alike if j.load.phase == "decode" and j.load.batch == 1]
         if why := gpt_fast_peer.refusal(config):
             notes.append(f"{_GPT_FAST}: {why}")
         elif single:
-            arguments = (str(options.gpt_fast), str(config))
+            arguments = (str(options.gpt_fast), str(config), "cuda", "int8" if quantized == (_INT8,) else "")
             found.append((
                 [_peer_job(j, _GPT_FAST, "decode") for j in single],
                 lambda: Worker(gpt_fast_peer.__name__, *arguments, device="cuda"),

@@ -1,13 +1,14 @@
 """Every candidate of every CUDA kernel in the shapes of real models: microseconds, GB/s or TFLOP/s.
 
-`python -m ingot.benchmarks.kernels [--models llama-3.2-1b …] [--only fused_linear …]` on a machine with a GPU, torch
-and triton. It is what the order of the providers' candidates is decided by.
+`python -m ingot.benchmarks.kernels [--models llama-3.2-1b …] [--format int8] [--only qkv]` on a machine with a GPU,
+torch and triton. It is what the order of the providers' candidates is decided by.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -23,6 +24,17 @@ from ..runtime.ops.cuda import attention_step, linear, paged_attention, sample
 from ..runtime.ops.cuda.spec import Operands, TensorSpec
 
 CONFIGS = Path(__file__).resolve().parent.parent / "recipes" / "configs"
+
+
+# By name: the op's format, dtypes of values and scales, values in a stored element, columns of a scale (0: the row).
+FORMATS = {
+    "": ("", "bfloat16", "", 1, 0),
+    "int8": ("int8", "int8", "float32", 1, 0),
+    "fp8": ("fp8", "float8_e4m3fn", "float32", 1, 0),
+    "fp8-dynamic": ("fp8", "float8_e4m3fn", "float32", 1, 0),
+    "int8-dynamic": ("int8", "int8", "float32", 1, 0),
+    "int4": ("int4_halves", "uint8", "float16", 2, 128),
+}
 
 
 @dataclass(frozen=True)
@@ -48,50 +60,49 @@ def dense(*shape: int, dtype: str = "bfloat16") -> TensorSpec:
 
 
 def linear_case(name: str, m: int, n: int, k: int, *, norm: bool = False, act: str = "", res: bool = False,
-                wide: bool = False) -> Case:  # fmt: skip
-    """A product of m rows; its weight is read once."""
+                wide: bool = False, format: str = "") -> Case:  # fmt: skip
+    """A product of m rows; its weight is read once. `format`: "" or a key of FORMATS."""
     columns = n // 2 if act else n
+    kind, stored, scale_dtype, packed, group = FORMATS[format]
+    weight = dense(n, k // packed, dtype=stored)
+    scale = dense(n, k // (group or k), dtype=scale_dtype) if format else None
     tensors = {
-        "x": dense(1, m, k), "weight": dense(n, k), "bias": None, "norm_weight": dense(k) if norm else None,
-        "residual": dense(1, m, columns) if res else None,
+        "x": dense(1, m, k), "weight": weight, "bias": None, "norm_weight": dense(k) if norm else None,
+        "residual": dense(1, m, columns) if res else None, "scale": scale, "zero": None,
     }  # fmt: skip
     values = {
-        "eps": 1e-5,
-        "offset": 0.0,
-        "narrow_first": True,
-        "activation": act,
-        "gate_first": True,
-        "wide": wide,
-        "format": "",
-        "activations": "",
-    }
+        "eps": 1e-5, "offset": 0.0, "narrow_first": True, "activation": act, "gate_first": True, "wide": wide,
+        "format": kind, "group": [1, group or k] if format else [],
+        # As QuantizeWeights does: of few rows, activations stay as they are.
+        "activations": kind if format.endswith("-dynamic") and m > 64 else "",
+    }  # fmt: skip
     out = dense(1, m, columns, dtype="float32" if wide else "bfloat16")
     return Case(
-        f"{name} m{m} {n}x{k}",
+        f"{name} m{m} {n}x{k} {format}".strip(),
         linear,
-        Operands(tensors, values, {"out": out}, frozenset({"weight"})),
-        n * k * 2,
+        Operands(tensors, values, {"out": out}, frozenset({"weight", "norm_weight", "scale"})),
+        sum(math.prod(t.shape) * getattr(torch, t.dtype).itemsize for t in (weight, scale) if t),
         2 * m * n * k,
     )
 
 
-def cases(model: str, batches: list[int], lengths: list[int], contexts: list[int]) -> list[Case]:
-    """The products, attentions and sampler of one model."""
+def cases(model: str, batches: list[int], lengths: list[int], contexts: list[int], format: str = "") -> list[Case]:
+    """The products, attentions and sampler of one model, its weights of one format."""
     config = json.loads((CONFIGS / f"{model}.json").read_text())
     hidden, inter, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     kv = config.get("num_key_value_heads", heads)
     dim, vocab = config.get("head_dim") or hidden // heads, config["vocab_size"]
     found = []
     for m in [*batches, *lengths]:
-        norm = m <= 64
+        norm = m <= 64 or format.endswith("-dynamic")
         found += [
-            linear_case("qkv", m, (heads + 2 * kv) * dim, hidden, norm=norm),
-            linear_case("o", m, hidden, heads * dim, res=True),
-            linear_case("gate_up", m, 2 * inter, hidden, norm=norm, act="silu"),
-            linear_case("down", m, hidden, inter, res=True),
+            linear_case("qkv", m, (heads + 2 * kv) * dim, hidden, norm=norm, format=format),
+            linear_case("o", m, hidden, heads * dim, res=True, format=format),
+            linear_case("gate_up", m, 2 * inter, hidden, norm=norm, act="silu", format=format),
+            linear_case("down", m, hidden, inter, res=True, format=format),
         ]
         if m <= 64:
-            found.append(linear_case("head", m, vocab, hidden, norm=True, wide=True))
+            found.append(linear_case("head", m, vocab, hidden, norm=True, wide=True, format=format))
     for batch in batches:
         for context in contexts:
             if batch * context > 1 << 17:
@@ -156,6 +167,7 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--lengths", nargs="*", type=int, default=[])
     parser.add_argument("--contexts", nargs="*", type=int, default=[1024])
+    parser.add_argument("--format", choices=[name for name in FORMATS if name], default="", help="of the weights")
     parser.add_argument("--only", default="")
     parser.add_argument("--seconds", type=float, default=240.0)
     args = parser.parse_args()
@@ -173,7 +185,8 @@ def main() -> int:
     ceiling = big.numel() * 4 / min(times) / 1e6
     del big
     print(f"{torch.cuda.get_device_name()}: torch sum reads {ceiling:.0f} GB/s", flush=True)
-    every = [c for m in args.models for c in cases(m, args.batches, args.lengths, args.contexts) if args.only in c.name]
+    asked = (args.batches, args.lengths, args.contexts, args.format)
+    every = [case for model in args.models for case in cases(model, *asked) if args.only in case.name]
     major, minor = torch.cuda.get_device_capability()
     store = KernelStore(10 * major + minor)
     compile_ahead(store, [Call("", c.provider, c.operands) for c in every])

@@ -128,7 +128,10 @@ SUBJECTS = (
         settings=("name=llama-3.2-1b-int4", *_LLAMA_1B, *_LOSSY, "quantization.scheme=W4A16"),
     ),
     *(
-        Subject(m.name, f"{m.name}.toml", m.goals, m.settings, device="cuda", workloads=m.workloads, large=m.large)
+        Subject(
+            m.name, f"{m.recipe or m.name}.toml", m.goals, m.settings, device="cuda", workloads=m.workloads,
+            large=m.large,
+        )
         for m in GPU_MODELS
     ),
 )  # fmt: skip

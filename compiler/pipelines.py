@@ -21,6 +21,7 @@ from ..passes.fusion.rms_norm import FuseRMSNorm
 from ..passes.fusion.rope import FuseRoPE
 from ..passes.plan.kernels import SelectKernels
 from ..passes.plan.last_token import GatherLastToken
+from ..passes.plan.nibbles import OrderNibbles
 from ..passes.plan.pack_weights import PackWeights
 from ..passes.plan.sample import SampleTokens
 from ..passes.plan.static_buffers import PlanStaticBuffers
@@ -48,6 +49,7 @@ PIPELINE: tuple[GraphPass, ...] = (
     QuantizeWeights(),
     # plan: what runs where
     FuseLinear(),
+    OrderNibbles(),
     SelectKernels(),
     PackWeights(),
     PlanStaticBuffers(),
@@ -55,7 +57,7 @@ PIPELINE: tuple[GraphPass, ...] = (
 
 # Without these a graph cannot become an engine; bisection keeps them, and no recipe can skip them.
 STRUCTURAL = ("canonicalize", "gather-last-token", "insert-kv-cache", "sample-tokens", "plan-static-buffers")
-REQUIRED = frozenset({*STRUCTURAL, "select-kernels"})
+REQUIRED = frozenset({*STRUCTURAL, "order-nibbles", "select-kernels"})
 
 
 def select(skip: Sequence[str] = (), passes: Sequence[GraphPass] = PIPELINE) -> list[GraphPass]:

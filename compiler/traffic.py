@@ -19,6 +19,8 @@ from ..runtime.weights import ITEM_BYTES
 Facts = tuple[tuple[int, ...], str]  # a tensor's shape and dtype
 # Tables looked up by token or position; GPT-NeoX calls its LM head embed_out.
 _TABLE = re.compile(r"embed(?!_out)|wte|wpe|^positions_")
+# What a quantized weight has beside its values: read with them, multiplied with nothing.
+_BESIDE = re.compile(r"__(scale|zero)$")
 
 
 @dataclass
@@ -55,9 +57,12 @@ def looked_up(names: Sequence[str], tensors: Mapping[str, Facts], vocab_size: in
     An embedding is one unless it is the only matrix with a row per token of the vocabulary: then it is tied, and the LM
     head reads it in full. One that is packed for products is the LM head's, too.
     """
-    matrices = [n for n in names if len(tensors[n][0]) >= 2 and not n.endswith("__packed")]
+    found = [n for n in names if len(tensors[n][0]) >= 2]
+    matrices = [n for n in found if not _BESIDE.search(n) and not n.endswith("__packed")]
     vocabulary = [n for n in matrices if tensors[n][0][0] == vocab_size]
-    return {n for n in matrices if _TABLE.search(n) and vocabulary != [n]}
+    tables = {n for n in matrices if _TABLE.search(n) and vocabulary != [n]}
+    beside = {n for n in names if _BESIDE.search(n) and any(t.startswith(_BESIDE.sub("__", n)) for t in tables)}
+    return tables | beside
 
 
 def cache_bytes(cache: KVCache, contexts: Sequence[int]) -> int:
@@ -103,8 +108,9 @@ def prefill_flops(manifest: Manifest, tensors: Mapping[str, Facts], tokens: int,
     total = 0
     for name in names:
         shape = tensors[name][0]
-        if len(shape) >= 2 and name not in tables:
-            total += 2 * math.prod(shape) * (1 if shape[0] == manifest.model.vocab_size else tokens)
+        if len(shape) >= 2 and name not in tables and not _BESIDE.search(name):
+            values = math.prod(shape) * (2 if name.endswith(("__int4", "__halves")) else 1)  # two of them in a byte
+            total += 2 * values * (1 if shape[0] == manifest.model.vocab_size else tokens)
     for layer in manifest.kv_cache.layers:
         window = min(layer.window or tokens, tokens)
         pairs = window * (window + 1) // 2 + (tokens - window) * window

@@ -108,6 +108,22 @@ class Transposed:
 
 
 @dataclass(frozen=True)
+class Applied:
+    """What a function makes of a weight: the same values stored otherwise."""
+
+    part: Expression
+    function: Callable[[Tensor], Tensor]
+
+    def evaluate(self, load: Load) -> Tensor:
+        """The function's result."""
+        return self.function(self.part.evaluate(load))
+
+    def sources(self) -> tuple[str, ...]:
+        """Those of its part."""
+        return self.part.sources()
+
+
+@dataclass(frozen=True)
 class Quantized:
     """One output of a quantization scheme: `parts(tensor)[output]`."""
 

@@ -90,7 +90,8 @@ def _site(linear: fx.Node, outcome: Outcome) -> _Site:
     x = operands(linear)[0]
     site = _Site(linear, x, last=linear)
     if is_call(x, overload("rms_norm")) and is_weight(operands(x)[1]) and dtype_of(operands(x)[1]) == dtype_of(x):
-        if math.prod(shape_of(x)[:-1]) <= DECODE_ROWS:
+        # Rows that are quantized are read once for it in any case.
+        if math.prod(shape_of(x)[:-1]) <= DECODE_ROWS or (linear.target is _QUANTIZED and operands(linear)[7]):
             site.norm, site.x = x, operands(x)[0]
         else:
             outcome.miss(linear.name, "so many rows are bound by arithmetic: their norm is computed once, before")

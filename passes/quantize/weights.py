@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from ...runtime.ops.cuda.linear_problem import DECODE_ROWS
 from ...runtime.ops.quantized import PACKED
 from ...runtime.ops.schema import overload
 from ..base import Context, Outcome
@@ -79,7 +82,13 @@ class QuantizeWeights:
                 if roles[attribute]:
                     outcome.miss(node.name, form)
                 continue
-            (_replace_linear if kind == "Linear" else _replace_embedding)(traced, node, weight, form)
+            if kind == "Linear":
+                rows = math.prod(shape_of(node)[:-1])
+                # A step of few rows waits for weights on the GPU, not for products: activations stay as they are.
+                few = ctx.device == "cuda" and rows <= DECODE_ROWS
+                _replace_linear(traced, node, weight, dataclasses.replace(form, activations="") if few else form)
+            else:
+                _replace_embedding(traced, node, weight, form)
             outcome.changed += 1
         _report_others(traced, roles, ctx, outcome)
         elements = Counter[str]()

@@ -8,6 +8,7 @@ The oracle of every kernel that reads such weights. A weight [n, k] is its value
 | int8 | int8 [n, k] | float32 | none |
 | int4 | uint8 [n, k / 2], the even column in the low nibble | float16, bfloat16 or float32 | uint8, or none: 8 |
 | fp8 | float8_e4m3fn [n, k] | float32 | none |
+| int4_halves | uint8 [n, k / 2], columns j and k / 2 + j in the low and high nibble of byte j | as int4 | as int4 |
 | mxfp4 | uint8 [n, k / 2], nibbles of 1, 2 and 1 bits (e2m1) | uint8, the exponent (e8m0) | none |
 """
 
@@ -16,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FORMATS = ("int8", "int4", "fp8", "mxfp4")
-PACKED = ("int4", "mxfp4")
+FORMATS = ("int8", "int4", "int4_halves", "fp8", "mxfp4")
+PACKED = ("int4", "int4_halves", "mxfp4")
 INT8_MOST, FP8_MOST = 127.0, 448.0
 _NO_ZERO = 8
 
@@ -31,6 +32,12 @@ def pack_nibbles(values: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """uint8 [..., k / 2] as values 0..15, uint8 [..., k]."""
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def in_halves(packed: Tensor) -> Tensor:
+    """Nibbles [..., k / 2] of int4 in the order of int4_halves, of which a kernel can read many columns in order."""
+    low, high = unpack_nibbles(packed).chunk(2, -1)
+    return low | high << 4
 
 
 def e2m1_values(nibbles: Tensor) -> Tensor:
@@ -52,6 +59,8 @@ def values_of(weight: Tensor, format: str) -> Tensor:
     """The stored values as float32 [..., k], without zero point and scale."""
     if format == "int4":
         return unpack_nibbles(weight).float()
+    if format == "int4_halves":
+        return torch.cat((weight & 15, weight >> 4), -1).float()
     if format == "mxfp4":
         return e2m1_values(unpack_nibbles(weight))
     if format in FORMATS:
@@ -67,7 +76,7 @@ def dequantize_rows(weight: Tensor, scale: Tensor, zero: Tensor | None, format: 
     def spread(blocks: Tensor) -> Tensor:
         return blocks if blocks.shape[-1] == 1 else blocks.repeat_interleave(columns, -1)[..., :k]
 
-    if format == "int4":
+    if format in ("int4", "int4_halves"):
         values = values - (_NO_ZERO if zero is None else spread(zero.float()))
     return values * spread(e8m0_values(scale) if format == "mxfp4" else scale.float())
 

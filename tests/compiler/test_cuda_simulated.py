@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from ingot.compiler.eager_engines import EagerGroup
+from ingot.compiler.recipe_sections import Group
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -87,11 +89,11 @@ def greedy(batch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def simulate(family: str, kind: str, chunk: int, folder: Path) -> None:
+def simulate(family: str, kind: str, chunk: int, folder: Path, groups: Sequence[Group] = ()) -> None:
     """Compile the family, run it both ways and compare tokens and logits of all rows that hold a sequence."""
     from .tiny_plans import fewest_programs, planned, record
 
-    cuda, cpu = (planned(family, "float32", folder, device, chunk) for device in ("cuda", "cpu"))
+    cuda, cpu = (planned(family, "float32", folder, device, chunk, groups) for device in ("cuda", "cpu"))
     record(cuda, folder, fewest_programs(kind))
     steps, wanted = recorded_steps(EagerGroup(cpu.plan.graphs, cpu.load), chunk)
     torch.save(steps, folder / "steps.pt")
@@ -118,3 +120,16 @@ def simulate(family: str, kind: str, chunk: int, folder: Path) -> None:
 )
 def test_a_plan_computes_what_the_model_does(family: str, kind: str, chunk: int, tmp_path: Path) -> None:
     simulate(family, kind, chunk, tmp_path)
+
+
+# The first group that takes a weight has it: LM head, then MLP, then the rest; an embedding of few bytes.
+QUANTIZED = (
+    Group("FP8-W8A16", targets=("lm_head",)),
+    Group("W4A16", targets=("re:mlp",), group_size=32, symmetric=False),
+    Group("W8A16"),
+    Group("W4A16", targets=("Embedding",), group_size=32),
+)
+
+
+def test_a_plan_reads_quantized_weights(tmp_path: Path) -> None:
+    simulate("llama", "gemv", 80, tmp_path, QUANTIZED)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ingot.artifacts.errors import UsageError
+from ingot.compiler import quantization
 from ingot.compiler.console import SilentProgress
 from ingot.compiler.eager_engines import EagerGroup
 from ingot.compiler.evaluate import step_inputs
@@ -111,10 +112,15 @@ def refused(recipe: Recipe) -> UsageError:
     return caught.value
 
 
-def test_a_scheme_without_a_kernel_is_refused_with_those_that_fit(family: Callable[[str], Family]) -> None:
+def test_a_scheme_without_a_kernel_is_refused_with_those_that_fit(
+    family: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a target with kernels for int8 and int4 weights alone."""
+    assert fitting("cuda") == list(SCHEMES)
+    monkeypatch.setattr(quantization, "CUDA_FORMATS", {("int8", ""), ("int4", "")})
     recipe = dataclasses.replace(family("llama").asking(scheme="W8A8"), target=Target("cuda"))
     known = fitting("cuda")
-    assert "W8A8" not in known
+    assert known == ["W8A16", "W4A16"]
     error = refused(recipe)
     assert "'W8A8' has no kernel for cuda" in error.what
     assert error.why.endswith(", ".join(["none", *known]))

@@ -46,6 +46,22 @@ def test_untied_embedding_counts_with_one_row() -> None:
     assert traffic.cache == 0
 
 
+def test_four_bits_count_as_two_values_a_byte_and_scales_go_with_their_weight() -> None:
+    packed: dict[str, Facts] = {
+        "model__embed_tokens__weight__int4__halves": ((VOCABULARY, 4), "uint8"),
+        "model__embed_tokens__weight__scale": ((VOCABULARY, 2), "float16"),
+        "down__int4__halves": ((8, 16), "uint8"),
+        "down__scale": ((8, 1), "float16"),
+        "down__zero": ((8, 1), "uint8"),
+    }
+    tied = step_bytes(manifest(tuple(packed)), packed, [])
+    assert (tied.weights, tied.rows) == (100 * 4 + 100 * 2 * 2 + 8 * 16 + 8 * 2 + 8, 0)
+    assert prefill_flops(manifest(tuple(packed)), packed, 20, 3) == 2 * 8 * 32 * 20 + 2 * 100 * 8
+    head: dict[str, Facts] = {**packed, "lm_head__weight": (TABLE, "bfloat16")}
+    apart = step_bytes(manifest(tuple(head)), head, [])
+    assert (apart.weights, apart.rows) == (100 * 8 * 2 + 8 * 16 + 8 * 2 + 8, 4 + 2 * 2)
+
+
 def test_rows_share_the_weights_and_nothing_else() -> None:
     tensors: dict[str, Facts] = {
         "model__embed_tokens__weight": (TABLE, "bfloat16"),

@@ -23,7 +23,7 @@ from ingot.compiler.console import SilentProgress
 from ingot.compiler.families import recipe_for, subjects
 from ingot.compiler.plan import Plan, make_plan
 from ingot.compiler.random_weights import RandomCheckpoint
-from ingot.compiler.recipe_sections import Target
+from ingot.compiler.recipe_sections import Group, Quantization, Target
 from ingot.passes.graph import TracedGraph
 from ingot.passes.weights import Load
 from ingot.runtime.ops.cuda.spec import TRITON_DTYPES, KernelCall
@@ -43,7 +43,9 @@ class Tiny:
     load: Load
 
 
-def planned(family: str, dtype: Dtype, folder: Path, device: Device = "cuda", chunk: int = 16) -> Tiny:
+def planned(
+    family: str, dtype: Dtype, folder: Path, device: Device = "cuda", chunk: int = 16, groups: Sequence[Group] = ()
+) -> Tiny:
     """The family's engines after all passes for `device`, with random weights of a size that lets tokens differ."""
     folder.mkdir(parents=True, exist_ok=True)
     (subject,) = subjects([family])
@@ -51,7 +53,10 @@ def planned(family: str, dtype: Dtype, folder: Path, device: Device = "cuda", ch
     recipe = recipe_for(folder, "tiny", "random")
     model = dataclasses.replace(recipe.model, dtype=dtype)
     shapes = dataclasses.replace(recipe.shapes, prefill_lengths=(chunk,))
-    recipe = dataclasses.replace(recipe, target=Target(device=device), model=model, shapes=shapes)
+    quantization = Quantization(groups=tuple(groups))
+    recipe = dataclasses.replace(
+        recipe, target=Target(device=device), model=model, shapes=shapes, quantization=quantization
+    )
     plan, module = make_plan(recipe, SilentProgress())
     sizes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
     checkpoint = RandomCheckpoint(sizes, getattr(torch, dtype), 3)
@@ -136,7 +141,9 @@ def record(tiny: Tiny, root: Path, choose: Choose | None = None) -> None:
     for name, traced in tiny.plan.graphs.items():
         for attribute in traced.weights.entries:
             value = traced.weights.evaluate(attribute, tiny.load).contiguous()
-            if not torch.equal(weights.setdefault(attribute, value), value):
+            known = weights.setdefault(attribute, value)
+            # float8 tensors cannot be compared, their bytes can.
+            if not torch.equal(known.reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)):
                 raise ValueError(f"{attribute} is another weight in {name}")
     sizes = {name: outside(traced) for name, traced in tiny.plan.graphs.items()}
     save_file({n: t.clone() for n, t in weights.items()}, root / "weights.safetensors")

@@ -47,6 +47,7 @@ SUBJECTS = [
     ("mixtral", "float32", PREFILL),
     ("gpt_oss", "bfloat16", PREFILL),
     ("llama", "float32", CUDA),
+    ("gpt2", "float32", dataclasses.replace(CUDA, quantization=(QuantizationGroup("W4A16", group_size=16),))),
     ("gemma2", "bfloat16", dataclasses.replace(PREFILL, device="cuda")),
 ]
 

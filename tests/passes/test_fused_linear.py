@@ -285,3 +285,17 @@ def test_a_quantized_product_keeps_its_form() -> None:
         return %0
     """)
     assert (outcome.changed, outcome.missed) == (1, [])
+
+
+def test_rows_that_are_quantized_take_their_norm_along_however_many() -> None:
+    b = builder(2, 40)
+    x = b.input("x", 2, 40, 8, dtype=BF16)
+    parts = (b.weight("values", 8, 8, dtype=torch.int8), b.weight("scale", 8, 1))
+    product = b.call(overload("linear_quantized"), rms_norm(b, x), *parts, None, None, "int8", [1, 8], "int8")
+    after, outcome = apply(FuseLinear(), b.done(product), LARGE)
+    assert text(after) == lines("""
+        %0 = ingot.fused_linear(x, values, None, g, None, 1e-05, 0.0, True, '', True, False, scale, None, 'int8', \
+[1, 8], 'int8')
+        return %0
+    """)
+    assert (outcome.changed, outcome.missed) == (1, [])

@@ -231,3 +231,17 @@ def test_a_group_of_scheme_none_keeps_its_weights() -> None:
     after, outcome = apply(QuantizeWeights(), subject(), dataclasses.replace(DECODE, quantization=groups))
     assert set(after.weights.entries) == {"w__int8", "w__scale", "v", "bias"}
     assert [m.reason for m in outcome.missed] == ["not among the targets"]
+
+
+def test_few_rows_on_the_gpu_keep_their_activations() -> None:
+    """They wait for the weight; what a chunk of a prompt multiplies is quantized as well."""
+    asked = (QuantizationGroup("FP8"),)
+    step = dataclasses.replace(DECODE, device="cuda", quantization=asked)
+    assert "'fp8', [1, 8], '')" in text(apply(QuantizeWeights(), subject(), step)[0])
+    assert "'fp8', [1, 8], 'fp8')" in text(
+        apply(QuantizeWeights(), subject(), dataclasses.replace(step, device="cpu"))[0]
+    )
+    b = Builder(1, 80)
+    b.input("block_tables", 1, 8, dtype=torch.int32)
+    chunk = b.done(b.call(aten.linear.default, b.input("x", 1, 80, 8), b.weight("w", 4, 8)))
+    assert "'fp8', [1, 8], 'fp8')" in text(apply(QuantizeWeights(), chunk, step)[0])

@@ -147,8 +147,12 @@ def _tensor(spec: TensorSpec) -> torch.Tensor:
     span = sum((s - 1) * t for s, t in zip(spec.shape, spec.strides)) + 1 if 0 not in spec.shape else 0
     dtype = getattr(torch, spec.dtype)
     flat = torch.empty(max(span, 1), dtype=dtype, device="cuda")
-    if dtype.is_floating_point:
+    if dtype == torch.float8_e4m3fn:
+        flat = torch.randn(len(flat), dtype=torch.bfloat16, device="cuda").to(dtype)
+    elif dtype.is_floating_point:
         flat.normal_(0.0, 0.05)
+    elif dtype in (torch.int8, torch.uint8):
+        flat.random_(0, 127)  # quantized values
     else:
         flat.zero_()
     return torch.as_strided(flat, spec.shape, spec.strides)

@@ -2,7 +2,8 @@
 
 Tiles are walked in groups of rows, so that the programs that run at the same time share their operands in the L2
 cache. Loads are pipelined by Triton (cp.async, `num_stages` tiles deep) and feed the warp groups' matrix instructions.
-Where tiles are too few to fill the machine, several programs share one, each with a part of k, as in `skinny`.
+Where tiles are too few to fill the machine, several programs share one, each with a part of k, as in `skinny`. Where x
+is quantized (`prepare`), so is the weight: products of numbers of a byte, scaled at the end.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ def gemm(
     weight: tl.tensor,
     bias: tl.tensor,
     residual: tl.tensor,
+    scale: tl.tensor,
+    row_scale: tl.tensor,
     partial: tl.tensor,
     arrivals: tl.tensor,
     out: tl.tensor,
@@ -33,6 +36,7 @@ def gemm(
     ACTIVATION: tl.constexpr,
     GATE_FIRST: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
+    FORMAT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -42,7 +46,8 @@ def gemm(
 ) -> None:
     """SPLITS programs compute a tile of BLOCK_M rows and, of the weight, BLOCK_N rows: half as many columns when gated.
 
-    SPLITS divides the steps of BLOCK_K.
+    SPLITS divides the steps of BLOCK_K. FORMAT: "", or that of x and the weight, "int8" or "fp8": then a row of the
+    weight has a scale, and so has a row of x.
     """
     if PDL:
         gdc_launch_dependents()
@@ -70,18 +75,22 @@ def gemm(
     source = weight + index[:, None] * K + k[None, :]
     if PDL:
         gdc_wait()
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    SUM: tl.constexpr = tl.int32 if FORMAT == "int8" else tl.float32
+    total = tl.zeros([BLOCK_M, BLOCK_N], SUM)
     for start in range(0, PART, BLOCK_K):
         inside = (k + start < K)[None, :]
         value = load(x_source + start, inside, K % BLOCK_K != 0, "")
         tile = load(source + start, inside, K % BLOCK_K != 0, "")
-        total = tl.dot(value, tl.trans(tile), total, input_precision="ieee")
+        total = tl.dot(value, tl.trans(tile), total, input_precision="ieee", out_dtype=SUM)
+    total = total.to(tl.float32)
     if SPLITS > 1:
         place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         if not leave_part(partial, arrivals, total, place, program, BLOCK_M * BLOCK_N, SPLITS):
             return
         total = added_parts(partial, place, program, BLOCK_M * BLOCK_N, SPLITS)
     y = total
+    if FORMAT != "":
+        y *= tl.load(row_scale + tl.minimum(m, M - 1))[:, None] * tl.load(scale + rows).to(tl.float32)[None, :]
     if HAS_BIAS:
         y += tl.load(bias + rows).to(tl.float32)[None, :]
     if GLU:

@@ -1,7 +1,8 @@
 """CUDA provider of `fused_linear`: which of the kernels serves a call, and how it is launched.
 
-One row of x goes to `gemv`, up to 64 rows to `skinny` (or a few to `gemv`), more to `tma_gemm` or `gemm`. `candidates`
-only lists what is worth measuring on the target.
+One row of x goes to `gemv`, up to 64 rows to `skinny` (or a few to `gemv`), more to `tma_gemm` or `gemm`. With
+quantized weights one row goes to either, and more than one to `skinny`, or to `gemm` if x is to be quantized as well.
+`candidates` only lists what is worth measuring on the target.
 """
 
 from __future__ import annotations
@@ -9,19 +10,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..quantized import FP8_MOST, INT8_MOST
 from .gemm import gemm
 from .gemv import gemv
-from .linear_configs import (
-    GEMV_ROWS,
-    MOST_CANDIDATES,
-    gemm_configs,
-    gemv_configs,
-    power_of_two,
-    skinny_configs,
-    tma_configs,
-)
-from .linear_problem import DECODE_ROWS, Problem, nbytes, problem_of
-from .skinny import normalize, skinny
+from .linear_configs import GEMV_ROWS, MOST_CANDIDATES, gemv_configs, power_of_two, skinny_configs
+from .linear_prefill_configs import gemm_configs, tall_configs, tma_configs
+from .linear_problem import DECODE_ROWS, Problem, problem_of
+from .skinny import prepare, skinny
 from .spec import Config, KernelCall, Lowering, Operands, Scratch
 from .tma_gemm import activate_product, tma_gemm
 
@@ -42,11 +37,16 @@ def candidates(operands: Operands) -> list[Config]:
         ValueError: the operands are not what the kernels take; the message says which.
     """
     problem = problem_of(operands)
+    if problem.activations:
+        return gemm_configs(problem)
+    if problem.m > DECODE_ROWS and problem.format:
+        return tall_configs(problem)
     if problem.m > DECODE_ROWS:
         return (tma_configs(problem) + gemm_configs(problem))[:MOST_CANDIDATES]
     if problem.m == 1:
-        return gemv_configs(problem)
-    if problem.m <= GEMV_ROWS:
+        # The plain cores are hard put to keep up with memory where a byte holds one weight or two.
+        return (gemv_configs(problem)[:3] + skinny_configs(problem)[:2]) if problem.format else gemv_configs(problem)
+    if problem.m <= GEMV_ROWS and not problem.format:
         return (skinny_configs(problem)[:3] + gemv_configs(problem)[:2])[:MOST_CANDIDATES]
     return skinny_configs(problem)
 
@@ -61,18 +61,25 @@ def lower(operands: Operands, config: Config) -> Lowering:
     kind = str(config.get("kind"))
     if kind not in _KERNELS:
         raise ValueError(f"fused_linear has no kernel {kind!r}; kinds are {', '.join(_KERNELS)}")
-    if kind == "skinny" and problem.m > int(config["block_m"]):
+    if kind == "skinny" and problem.m > int(config["block_m"]) and not problem.format:
         raise ValueError(f"fused_linear: {problem.m} rows of x do not fit a skinny tile of {config['block_m']}")
-    if kind in ("gemm", "tma") and problem.normed:
+    if problem.activations and kind != "gemm":
+        raise ValueError(f"fused_linear: no kernel {kind} for activations of {problem.activations}")
+    if kind == "gemm" and problem.format and not problem.activations:
+        raise ValueError("fused_linear: the gemm kernel takes quantized weights with activations like them alone")
+    if kind in ("gemm", "tma") and problem.normed and not problem.activations:
         raise ValueError(f"fused_linear: the {kind} kernel has no norm in front; normalize x before it")
     if kind == "tma" and not problem.tileable:
         raise ValueError("fused_linear: the copy engine takes none of these operands")
-    apart = bool(config.get("apart"))
+    apart = bool(config.get("apart")) or problem.activations != ""
     scratch: dict[str, Scratch] = {}
     calls: list[KernelCall] = []
     if apart:
-        scratch["rows"] = Scratch((problem.m, problem.k), operands.tensors["x"].dtype)  # type: ignore[union-attr]
-        calls.append(_norm(operands, problem))
+        dtype = problem.stored if problem.activations else problem.dtype
+        scratch["rows"] = Scratch((problem.m, problem.k), dtype)
+        if problem.activations:
+            scratch["row_scale"] = Scratch((problem.m,), "float32")
+        calls.append(_prepared(operands, problem))
     if kind == "tma" and problem.activation:
         scratch["product"] = Scratch((problem.m, problem.n), problem.dtype)
     calls.append(_product(operands, problem, config, problem.normed and not apart, scratch))
@@ -81,24 +88,29 @@ def lower(operands: Operands, config: Config) -> Lowering:
     return Lowering(tuple(calls), scratch)
 
 
-def _norm(operands: Operands, problem: Problem) -> KernelCall:
-    """The norm alone, from x into the scratch "rows"."""
+def _prepared(operands: Operands, problem: Problem) -> KernelCall:
+    """The norm alone, from x into the scratch "rows", quantized with the scales "row_scale" where that is asked for."""
+    most = {"int8": INT8_MOST, "fp8": FP8_MOST}.get(problem.activations, 0.0)
     constants = {
         **_norm_constants(operands),
         "K": problem.k,
         "X_STRIDE": problem.x_stride,
+        "HAS_GAIN": problem.normed,
+        "MOST": most,
         "BLOCK_K": power_of_two(problem.k),
-        "EARLY": "norm_weight" in operands.stable,
+        "EARLY": not problem.normed or "norm_weight" in operands.stable,
         "PDL": True,
     }
+    pointers = {"x": "x", "gain": "norm_weight" if problem.normed else "x", "rows": "rows"}
+    what = "+".join(("norm",) * problem.normed + (problem.activations,) * bool(most))
     return KernelCall(
-        function=normalize,
+        function=prepare,
         grid=(problem.m, 1, 1),
-        pointers={"x": "x", "gain": "norm_weight", "rows": "rows"},
+        pointers=pointers | {"row_scale": "row_scale" if most else "x"},
         constants=constants,
         num_warps=4 if problem.k <= 4096 else 8,
         dependent=True,
-        label=f"fused_linear norm of {problem.m}x{problem.k}",
+        label=f"fused_linear {what} of {problem.m}x{problem.k}",
     )
 
 
@@ -135,7 +147,7 @@ def _product(
 ) -> KernelCall:
     """The launch of `gemv`, `skinny` or `gemm`; adds what it needs to `scratch`, where "rows" stands for x."""
     kind = str(config["kind"])
-    weight, bias, residual = (operands.tensors.get(name) for name in ("weight", "bias", "residual"))
+    bias, residual, zero = (operands.tensors.get(name) for name in ("bias", "residual", "zero"))
     x_stride = problem.k if "rows" in scratch else problem.x_stride
     block_n, splits = int(config["block_n"]), int(config.get("splits", 1))
     reach = max(problem.n * problem.k, problem.m * max(x_stride, problem.residual_stride, problem.columns))
@@ -162,7 +174,7 @@ def _product(
     if kind == "gemm":
         block_m = int(config["block_m"])
         tiles = math.ceil(problem.m / block_m) * math.ceil(problem.columns / (block_n // problem.gated))
-        constants |= {"BLOCK_M": block_m, "GROUP": int(config["group"]), "SPLITS": splits}
+        constants |= {"BLOCK_M": block_m, "GROUP": int(config["group"]), "SPLITS": splits, "FORMAT": problem.format}
         rows = block_n
     elif kind == "tma":
         tiles = int(config["programs"])
@@ -174,6 +186,7 @@ def _product(
         pointers["gain"] = "norm_weight" if normed else "x"
         paired = kind == "gemv" and problem.paired
         needed = {"weight", "norm_weight"} if normed else {"weight"}
+        needed |= {"scale", "zero"} & {name for name, spec in operands.tensors.items() if spec is not None}
         constants |= _norm_constants(operands) | {
             "HAS_GAIN": normed,
             "AHEAD": int(config["ahead"]),
@@ -181,17 +194,32 @@ def _product(
             "THREADS": 32 * int(config["num_warps"]),
             "EARLY": needed <= operands.stable,
         }
+        constants |= {
+            "FORMAT": problem.format,
+            "SCALE_ROWS": problem.group[0],
+            "SCALE_COLUMNS": problem.group[1],
+            "HAS_ZERO": zero is not None,
+        }
     pointers["residual"] = "residual" if residual else "x"
     if kind == "skinny":
         block_m = int(config["block_m"])
-        constants |= {"BLOCK_M": block_m, "SPLITS": splits}
+        tiles *= math.ceil(problem.m / block_m)
+        constants |= {"BLOCK_M": block_m, "SPLITS": splits, "GROUPED": problem.grouped}
     elif kind == "gemv":
         constants |= {"TILES": int(config["tiles"]), "WAVE": int(config["wave"]), "PAIRED": paired}
+        if problem.format:
+            constants["VECTOR"] = int(config["vector"])
     if splits > 1:
         scratch["partial"] = Scratch((tiles * splits, rows, block_m), "float32")
         scratch["arrivals"] = Scratch((tiles,), "int32", zeroed=True)
         if normed:
             scratch["partial_squares"] = Scratch((tiles * splits, block_m), "float32")
+    if kind != "tma":
+        pointers["scale"] = "scale" if problem.format else "x"
+    if kind == "gemm":
+        pointers["row_scale"] = "row_scale" if problem.activations else "x"
+    elif kind != "tma":
+        pointers["zero"] = "zero" if zero else "x"
     for name in _SPLIT_SCRATCH[kind]:
         pointers[name] = name if name in scratch else "out"
     return KernelCall(
@@ -202,6 +230,6 @@ def _product(
         num_warps=int(config["num_warps"]),
         num_stages=int(config["num_stages"]),
         dependent=True,
-        read_bytes=sum(nbytes(spec) for spec in (weight, bias) if spec is not None),
+        read_bytes=problem.read_bytes,
         label=" ".join(("fused_linear", f"{problem.n}x{problem.k}", "+".join(problem.flags))).strip(),
     )

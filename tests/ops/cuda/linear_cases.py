@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import triton
-from ingot.runtime.ops import fused_reference
+from ingot.runtime.ops import fused_reference, quantized, reference
 from ingot.runtime.ops.cuda import linear
 from ingot.runtime.ops.cuda.spec import Config, KernelCall, Lowering, Operands, TensorSpec
 
@@ -33,10 +33,15 @@ class Case:
     residual: bool = False
     wide: bool = False
     strided: bool = False
+    format: str = ""
+    group: tuple[int, int] = (1, 0)
+    zero: bool = False
+    activations: str = ""
 
     def __str__(self) -> str:
-        extra = [field.name for field in dataclasses.fields(self)[4:] if getattr(self, field.name) != field.default]
-        return "-".join([f"{self.m}x{self.n}x{self.k}", str(self.dtype)[6:], self.activation, *extra])
+        extra = [field.name for field in dataclasses.fields(self)[4:] if getattr(self, field.name) is True]
+        form = f"{self.format}{list(self.group)}{self.activations}" if self.format else ""
+        return "-".join([f"{self.m}x{self.n}x{self.k}", str(self.dtype)[6:], self.activation, form, *extra])
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -70,23 +75,57 @@ CASES = (
     Case(130, 528, 200, activation="silu", gate_first=False, strided=True),
     Case(600, 256, 72, FP16, activation="gelu_tanh"),
 )
+INT4 = "int4_halves"
+QUANTIZED = (
+    Case(1, 24, 64, format="int8"),
+    Case(1, 37, 100, norm=True, offset=1.0, bias=True, format="int8"),
+    Case(1, 34, 608, norm=True, activation="silu", residual=True, strided=True, format="int8"),
+    Case(1, 20, 2304, FP32, norm=True, activation="gelu_tanh", gate_first=False, format="int8"),
+    Case(1, 9, 9216, norm=True, residual=True, wide=True, format="int8"),
+    Case(2, 40, 264, FP16, activation="gelu", bias=True, format="int8"),
+    Case(5, 70, 264, norm=True, activation="silu", gate_first=False, strided=True, format="int8"),
+    Case(40, 136, 512, norm=True, activation="silu", format="int8"),
+    Case(100, 128, 256, bias=True, residual=True, strided=True, format="int8"),
+    Case(1, 24, 64, format="fp8"),
+    Case(1, 66, 1000, norm=True, bias=True, residual=True, format="fp8"),
+    Case(1, 140, 384, norm=True, activation="silu", format="fp8", group=(128, 128)),
+    Case(3, 64, 96, FP32, norm=True, offset=1.0, activation="relu", residual=True, format="fp8"),
+    Case(17, 140, 320, norm=True, activation="silu", bias=True, strided=True, format="fp8", group=(128, 128)),
+    Case(100, 150, 256, activation="silu", bias=True, format="fp8"),
+    Case(1, 24, 64, format=INT4, group=(1, 32)),
+    Case(1, 40, 256, norm=True, offset=1.0, bias=True, format=INT4, group=(1, 128), zero=True),
+    Case(1, 34, 640, norm=True, activation="silu", residual=True, strided=True, format=INT4, group=(1, 64)),
+    Case(1, 20, 896, FP32, norm=True, activation="gelu_tanh", format=INT4, group=(1, 128), zero=True),
+    Case(1, 9, 18432, residual=True, wide=True, format=INT4, group=(1, 128)),
+    Case(4, 36, 192, FP16, norm=True, format=INT4, group=(1, 192), zero=True),
+    Case(6, 40, 512, norm=True, residual=True, strided=True, format=INT4, group=(1, 128)),
+    Case(17, 66, 256, FP32, norm=True, activation="gelu", format=INT4, group=(1, 32), zero=True),
+    Case(40, 136, 512, norm=True, activation="silu", gate_first=False, format=INT4, group=(1, 64), zero=True),
+    Case(100, 150, 256, activation="silu", bias=True, format=INT4, group=(1, 128)),
+    Case(300, 140, 128, wide=True, format=INT4, group=(1, 64), zero=True),
+    Case(100, 150, 256, norm=True, activation="silu", bias=True, strided=True, format="int8", activations="int8"),
+    Case(70, 66, 1000, FP16, residual=True, format="int8", activations="int8"),
+    Case(100, 150, 256, norm=True, activation="silu", bias=True, strided=True, format="fp8", activations="fp8"),
+    Case(70, 66, 1008, residual=True, wide=True, format="fp8", activations="fp8"),
+    Case(5, 130, 128, FP32, norm=True, format="fp8", activations="fp8"),
+)
 
 
 def run_cases(device: str) -> dict[str, float]:
     """The largest error of every case over all its candidates, as a share of what is allowed: at most 1 is right."""
-    errors = {str(case): _run(case, device) for case in CASES}
+    errors = {str(case): _run(case, device) for case in (*CASES, *QUANTIZED)}
     errors["a row sees no other"] = float(not _rows_apart(device))
     return errors
 
 
 def scratch_of(lowering: Lowering, device: str) -> dict[str, torch.Tensor]:
-    """A lowering's scratch: zero where it must be, else NaN."""
-    return {
-        name: torch.full(
-            each.shape, 0 if each.zeroed else float("nan"), dtype=getattr(torch, each.dtype), device=device
-        )
-        for name, each in lowering.scratch.items()
-    }
+    """A lowering's scratch: zero where it must be, else NaN, or all bits set where there is none."""
+    made = {}
+    for name, each in lowering.scratch.items():
+        dtype = getattr(torch, each.dtype)
+        fill = 0 if each.zeroed else float("nan") if dtype.is_floating_point else -1
+        made[name] = torch.full(each.shape, fill, dtype=torch.float32, device=device).to(dtype)
+    return made
 
 
 def compute(lowering: Lowering, tensors: dict[str, torch.Tensor]) -> None:
@@ -130,7 +169,7 @@ def make(case: Case, device: str) -> tuple[Operands, dict[str, torch.Tensor]]:
         return wider[..., 16 : 16 + width]
 
     columns = case.n // 2 if case.activation else case.n
-    tensors = {"x": rows(case.k), "weight": random(case.n, case.k) * case.k**-0.5}
+    tensors = {"x": rows(case.k), **_weight(case, generator, device)}
     if case.bias:
         tensors["bias"] = random(case.n)
     if case.norm:
@@ -143,18 +182,47 @@ def make(case: Case, device: str) -> tuple[Operands, dict[str, torch.Tensor]]:
         tensors={name: _spec(tensors[name]) if name in tensors else None for name in _NAMES},
         values=_values(case),
         outputs={"out": _spec(out)},
-        stable=frozenset({"weight", "norm_weight"}),
+        stable=frozenset({"weight", "norm_weight", "scale", "zero"}),
     )
     return operands, tensors | {"out": out}
 
 
-_NAMES = ("x", "weight", "bias", "norm_weight", "residual")
+# What sums of values that are raised above 0 lose, as a share of all terms' sizes.
+_SUM_LOSS = {"int8": 2e-4, INT4: 2e-5}
+_WIDENED = ("x", "bias", "norm_weight", "residual")
+_NAMES = ("x", "weight", "bias", "norm_weight", "residual", "scale", "zero")
+
+
+def _weight(case: Case, generator: torch.Generator, device: str) -> dict[str, torch.Tensor]:
+    """A weight of about unit columns; quantized ones of random bytes, scales and zero points."""
+    n, k = case.n, case.k
+    if not case.format:
+        return {"weight": torch.randn(n, k, generator=generator).to(device, case.dtype) * k**-0.5}
+    rows, columns = _group(case)
+    blocks = (-(-n // rows), -(-k // columns))
+    size = {"int8": 64.0, "fp8": 1.0, INT4: 5.0}[case.format]
+    scale = (torch.rand(blocks, generator=generator) + 0.5) * k**-0.5 / size
+    made = {"scale": scale.to(torch.bfloat16 if case.zero else torch.float16) if case.format == INT4 else scale}
+    if case.format == "int8":
+        made["weight"] = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
+    elif case.format == "fp8":
+        made["weight"] = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
+    else:
+        made["weight"] = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
+    if case.zero:
+        made["zero"] = torch.randint(0, 16, blocks, generator=generator, dtype=torch.uint8)
+    return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def _group(case: Case) -> list[int]:
+    return [case.group[0], case.group[1] or case.k]
 
 
 def _values(case: Case) -> dict[str, Any]:
     return {
         "eps": 1e-5, "offset": case.offset, "narrow_first": not case.offset, "activation": case.activation,
-        "gate_first": case.gate_first, "wide": case.wide, "format": "", "group": [], "activations": "",
+        "gate_first": case.gate_first, "wide": case.wide, "format": case.format,
+        "group": _group(case) if case.format else [], "activations": case.activations,
     }  # fmt: skip
 
 
@@ -170,8 +238,8 @@ def _configs(operands: Operands, device: str) -> list[Config]:
     configs = linear.candidates(operands)
     weight = operands.tensors["weight"]
     assert weight is not None
-    gemm = next((config for config in configs if config["kind"] == "gemm"), None)
-    steps = -(-weight.shape[1] // int((gemm or configs[0])["block_k"]))
+    gemm = next((config for config in configs if config.get("splits") == 1), None)
+    steps = -(-operands.tensors["x"].shape[-1] // int((gemm or configs[0])["block_k"]))  # type: ignore[union-attr]
     if gemm is not None and steps % 2 == 0:
         configs = [*configs, {**gemm, "splits": 2}]
     if device != "cpu":
@@ -195,17 +263,29 @@ def _run(case: Case, device: str) -> float:
 
 def _oracle(case: Case, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference in float32 on the same values, and what a kernel may differ from it at each element."""
-    given: dict[str, Any] = {name: tensors[name].float() if name in tensors else None for name in _NAMES}
-    exact = fused_reference.fused_linear(**given, scale=None, zero=None, **_values(case)).double()
+    given: dict[str, Any] = {name: tensors.get(name) for name in _NAMES}
+    if not case.format:
+        given["weight"] = given["weight"].float()
+    given |= {name: tensors[name].float() for name in _WIDENED if name in tensors}
+    if case.activations:
+        given |= _quantized_rows(case, tensors)
+    if case.format:
+        matrix = quantized.dequantize(given["weight"], given["scale"], given["zero"], case.format, _group(case))
+        given |= {"weight": matrix, "scale": None, "zero": None}
+    lost = _SUM_LOSS.get(case.format if case.dtype != FP32 else "", 2e-6)
+    exact = fused_reference.fused_linear(**given, **_values(case) | {"format": "", "activations": ""}).double()
     # The linear layer itself, in float64: `size` bounds what sums in any order can lose.
     x = given["x"].double()
+    if case.activations:
+        # The norm's rounding moves some numbers to their neighbours, and sums of small floats are kept short.
+        lost = 8e-3 if case.norm else 4e-3 if case.activations == "fp8" else 2e-6
     if given["norm_weight"] is not None:
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * (given["norm_weight"].double() + case.offset)
     weight, bias = given["weight"].double(), 0.0 if given["bias"] is None else given["bias"].double()
     linear_out, size = x @ weight.t() + bias, x.abs() @ weight.abs().t()
     half_step = 0.51 * torch.finfo(case.dtype).eps
     # Normalized rows may be rounded once on their way into the tensor cores.
-    loss = 2e-6 * size + (half_step * size / 2 if case.norm and case.dtype != FP32 else 0.0)
+    loss = lost * size + (half_step * size / 2 if case.norm and case.dtype != FP32 else 0.0)
     loss = loss + (0.0 if case.wide else half_step * linear_out.abs())
     if case.activation:
         first, second = linear_out.chunk(2, -1)
@@ -220,10 +300,25 @@ def _oracle(case: Case, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
     return exact, loss + 1e-6
 
 
+def _quantized_rows(case: Case, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """x as the reference normalizes and quantizes it, in float32, with no norm left to do."""
+    x = tensors["x"]
+    if case.norm:
+        x = reference.rms_norm(x, tensors["norm_weight"], 1e-5, case.offset, not case.offset)
+    values, scale = quantized.quantize_rows(x, case.activations)
+    return {"x": values * scale, "norm_weight": None}
+
+
 def _rows_apart(device: str) -> bool:
     """Whether rows stay as they were, bit for bit, when another row turns into NaN."""
     same = True
-    for case in (Case(3, 20, 64, norm=True), Case(20, 40, 512, norm=True, activation="silu"), Case(70, 64, 128)):
+    for case in (
+        Case(3, 20, 64, norm=True),
+        Case(20, 40, 512, norm=True, activation="silu"),
+        Case(70, 64, 128),
+        Case(3, 20, 64, norm=True, format="int8"),
+        Case(5, 40, 512, norm=True, format=INT4, group=(1, 64)),
+    ):
         operands, tensors = make(case, device)
         for config in _configs(operands, device):
             results = []
