@@ -27,12 +27,16 @@ from ..passes.plan.sample import SampleTokens
 from ..passes.plan.static_buffers import PlanStaticBuffers
 from ..passes.quantize.weights import QuantizeWeights
 
-PIPELINE: tuple[GraphPass, ...] = (
-    # clean up: one spelling for one meaning
+# Clean up: one spelling for one meaning.
+CLEANUP: tuple[GraphPass, ...] = (
     Canonicalize(),
     UnifyLinear(),
     CommonSubexpressions(),
     FoldConstants(),
+)
+
+PIPELINE: tuple[GraphPass, ...] = (
+    *CLEANUP,
     # fuse: fewer, larger ops
     PositionTables(),
     FuseRMSNorm(),

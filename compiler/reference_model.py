@@ -18,6 +18,31 @@ _KEEP_BYTES = 1 << 30
 _SIMILAR = 1.6  # longest over shortest sequence of a batch
 
 
+def fill_parameters(
+    module: nn.Module, path: str, load: Callable[[str], torch.Tensor], device: torch.device, inner: bool = True
+) -> None:
+    """Give the parameters of a module that are on `meta` their values, in the dtype the module has them in.
+
+    Args:
+        path: the module's name in the model; inner: whether the modules inside of it are filled too.
+    """
+    for below, each in module.named_modules() if inner else [("", module)]:
+        prefix = "".join(f"{name}." for name in (path, below) if name)
+        for name, held in each._parameters.items():
+            if held is not None and held.device.type == "meta":
+                value = load(prefix + name).to(device)
+                cast = value.to(held.dtype) if held.dtype.is_floating_point else value
+                each._parameters[name] = nn.Parameter(cast, requires_grad=False)
+
+
+def empty_parameters(module: nn.Module, inner: bool = True) -> None:
+    """Put the parameters of a module back on `meta`."""
+    for each in module.modules() if inner else [module]:
+        for name, held in each._parameters.items():
+            if held is not None:
+                each._parameters[name] = nn.Parameter(held.to("meta"), requires_grad=False)
+
+
 class ReferenceModel:
     """transformers' own eager model for one config and dtype.
 
@@ -42,32 +67,13 @@ class ReferenceModel:
         room = torch.cuda.mem_get_info()[0] // 2 if device == "cuda" else _KEEP_BYTES
         self.keep = total <= room
         for path, module in self.model.named_modules():
-            names = [n for n, p in module._parameters.items() if p is not None]
-            if names:
-                prefix = f"{path}." if path else ""
-                module.register_forward_pre_hook(self._fill(prefix, names))
+            if any(p is not None for p in module._parameters.values()):
+                module.register_forward_pre_hook(self._fill(path))
                 if not self.keep:
-                    module.register_forward_hook(self._empty(names))
+                    module.register_forward_hook(lambda module, _args, _out: empty_parameters(module, False))
 
-    def _fill(self, prefix: str, names: list[str]) -> Callable[..., None]:
-        def hook(module: nn.Module, _: object) -> None:
-            for name in names:
-                held = module._parameters[name]
-                if held is not None and held.device.type == "meta":
-                    value = self.load(prefix + name).to(self.device)
-                    cast = value.to(held.dtype) if held.dtype.is_floating_point else value
-                    module._parameters[name] = nn.Parameter(cast, requires_grad=False)
-
-        return hook
-
-    def _empty(self, names: list[str]) -> Callable[..., None]:
-        def hook(module: nn.Module, _args: object, _out: object) -> None:
-            for name in names:
-                held = module._parameters[name]
-                if held is not None:
-                    module._parameters[name] = nn.Parameter(held.to("meta"), requires_grad=False)
-
-        return hook
+    def _fill(self, path: str) -> Callable[..., None]:
+        return lambda module, _: fill_parameters(module, path, self.load, self.device, False)
 
     def logits(self, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
         """float32 logits of each sequence from position `firsts[i]` on, [length - first, vocabulary] each.
