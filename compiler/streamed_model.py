@@ -7,7 +7,7 @@ parts is the model's own code, whatever the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +30,30 @@ class Part:
 
     Attributes:
         path: its name in the model; names: of its parameters, in the model's words.
-        run: its forward with the parameters as they are, over all sequences in portions. Each portion's output goes to
-            the function given, the whole output comes back unless a function is given.
+        count: sequences of the walk.
+        run: its forward with the parameters as they are, over all sequences in portions, or over some:
+            `run(consume, start, stop, whole)`. Each portion's output goes to `consume`; without it the output of all
+            sequences comes back, `whole` with those from start to stop put in.
     """
 
     path: str
     module: nn.Module
     names: tuple[str, ...]
+    count: int
     run: Callable[..., Any]
+
+    def parameter(self, name: str) -> Tensor:
+        """One of its parameters, by the model's name for it."""
+        return self.module.get_parameter(name.removeprefix(f"{self.path}."))
+
+    def repeat(self, whole: Any, rows: int, at: int) -> None:
+        """Give the sequences from `at` on the output of the first `rows`."""
+        if isinstance(whole, Tensor) and whole.dim() and whole.shape[0] % self.count == 0:
+            each = whole.shape[0] // self.count
+            whole[at * each : (at + rows) * each] = whole[: rows * each]
+        elif isinstance(whole, tuple | list):
+            for item in whole:
+                self.repeat(item, rows, at)
 
 
 Visit = Callable[[Part], Any]
@@ -60,13 +76,17 @@ class StreamedModel:
                 if held is not None:
                     module._buffers[name] = held.to(self.device)
         self.parts = _parts(self.model)
+        self._last_output: Tensor | None = None
+        self._blank: dict[str, Any] = {}
 
-    def owners(self, weight: str) -> list[str]:
-        """Paths of the modules that hold a parameter, by any of its names; it may be tied."""
-        wanted = dict(self.model.named_parameters(remove_duplicate=False))[weight]
-        return [
-            path for path, module in self.model.named_modules() if any(p is wanted for p in module._parameters.values())
-        ]
+    def parts_of(self, weights: Iterable[str]) -> set[str]:
+        """Paths of the parts that hold these parameters."""
+        wanted = set(weights)
+        return {
+            path
+            for path, part in self.parts.items()
+            if any(f"{path}.{name}" in wanted for name, _ in part.named_parameters())
+        }
 
     @torch.no_grad()
     def walk(self, tokens: Tensor, visit: Visit, last: str | None = None) -> None:
@@ -77,6 +97,7 @@ class StreamedModel:
         """
         count, length = tokens.shape
         portion = max(1, _TOKENS_AT_ONCE // length)
+        self._blank.clear()
         for path, module in self.parts.items():
             self._hand_over(path, module, count, portion, visit, last)
         try:
@@ -89,6 +110,20 @@ class StreamedModel:
                 del module.forward  # the instance's; the class's own is behind it
                 empty_parameters(module)
 
+    def finish(self, out: Tensor) -> Tensor:
+        """Logits of some sequences from the head's output for them: what the model does behind its last part.
+
+        For a visitor at that part: some models scale logits or bend them softly.
+        """
+        self._last_output = out
+        try:
+            tokens = torch.zeros(out.shape[:2], dtype=torch.int64, device=self.device)
+            positions = torch.arange(out.shape[1], device=self.device)[None]
+            logits: Tensor = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        finally:
+            self._last_output = None
+        return logits
+
     def _hand_over(
         self, path: str, module: nn.Module, count: int, portion: int, visit: Visit, last: str | None
     ) -> None:
@@ -97,20 +132,26 @@ class StreamedModel:
         names = tuple(f"{path}.{name}" for name, _ in module.named_parameters())
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            def run(consume: Callable[[int, Any], None] | None = None) -> Any:
-                whole: Any = None
-                for start in range(0, count, portion):
-                    stop = min(start + portion, count)
+            def run(
+                consume: Callable[[int, Any], None] | None = None, first: int = 0, end: int = count, whole: Any = None
+            ) -> Any:
+                for start in range(first, end, portion):
+                    stop = min(start + portion, end)
                     some_args, some_kwargs = _rows((args, kwargs), count, start, stop)
                     out = forward(*some_args, **some_kwargs)
+                    self._blank.setdefault(path, _row_of(out))
                     if consume is not None:
                         consume(start, out)
                     else:
                         whole = _put(whole, out, start, stop - start, count)
                 return whole
 
+            if self._last_output is not None:
+                if path == last:
+                    return self._last_output
+                return _repeated(self._blank[path], len(self._last_output))
             fill_parameters(module, path, self._load, self.device)
-            out = visit(Part(path, module, names, run))
+            out = visit(Part(path, module, names, count, run))
             empty_parameters(module)
             if path == last:
                 raise _Enough
@@ -159,6 +200,14 @@ def _put(whole: Any, out: Any, start: int, rows: int, count: int) -> Any:
     return out
 
 
-def sequences_tensor(sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Token ids of one length each as int64 [sequences, length]."""
-    return torch.tensor([list(sequence) for sequence in sequences], dtype=torch.int64)
+def _row_of(out: Any) -> Any:
+    """The first row of an output, to be repeated by `_repeated`."""
+    if isinstance(out, Tensor):
+        return out[:1].clone() if out.dim() else out
+    return type(out)(map(_row_of, out)) if isinstance(out, tuple | list) else out
+
+
+def _repeated(row: Any, count: int) -> Any:
+    if isinstance(row, Tensor):
+        return row.repeat(count, *[1] * (row.dim() - 1)) if row.dim() else row
+    return type(row)(_repeated(item, count) for item in row) if isinstance(row, tuple | list) else row

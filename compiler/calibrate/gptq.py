@@ -42,17 +42,19 @@ def inverse_factor(hessian: Tensor, dampening: float = 0.01, activation_order: b
     """
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
-    if not torch.isfinite(hessian).all():
+    if not torch.isfinite(hessian.sum()):
         raise ValueError("the Hessian is not finite")
     # An input that was always zero has taught nothing: its column is rounded alone.
     diagonal[diagonal == 0] = mean or 1.0
+    # As LAPACK wants it, column after column, so that it makes no copy of its own.
+    factor = torch.empty_like(hessian).mT
     order = None
     if activation_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-        hessian = hessian[order][:, order]
-        diagonal = hessian.diagonal()
+        for part in torch.arange(len(order), device=order.device).split(_BLOCK):
+            factor[part] = hessian[order[part]][:, order]
+        hessian.copy_(factor)
     undamped = diagonal.clone()
-    factor = torch.empty_like(hessian)
     failed = torch.zeros((), dtype=torch.int32, device=hessian.device)
     while True:
         diagonal.copy_(undamped + dampening * (mean or 1.0))
@@ -60,7 +62,7 @@ def inverse_factor(hessian: Tensor, dampening: float = 0.01, activation_order: b
         if not failed:
             break
         dampening *= 10
-    torch.cholesky_inverse(factor, out=hessian)
+    torch.cholesky_inverse(factor, out=hessian.mT)
     torch.linalg.cholesky(hessian, upper=True, out=factor)
     return InverseFactor(factor, order, dampening)
 

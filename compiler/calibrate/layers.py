@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .activations import GramMatrix, InputSample, watch
 from .awq import search_clipping, search_scale
 from .gptq import gptq, inverse_factor
-from .grid import Int4Grid, decode
+from .grid import Int4Grid
 from .sites import Fold, Linear, Site
 
 
@@ -36,13 +36,14 @@ class Quantized:
 
     Attributes:
         parts: "values", "scale" and perhaps "zero" of each weight, by its name.
-        dense: the weight in memory's stead, float32 [n, k], by its name.
+        columns, rows: what AWQ has multiplied columns by, and divided rows by, by the weight's name.
         others: norms' weights and biases that took a scale, by their names.
         facts: for the report, by weight.
     """
 
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    dense: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -95,9 +96,10 @@ def quantize_layer(
             factor = inverse_factor(seen.matrix.div_(max(1, seen.tokens)), method.dampening, method.activation_order)
         for linear in linears:
             row = scales.rows.get(linear.name)
-            wide = weight(linear)
+            wide = weight(linear).clone()
             if row is not None:
                 wide /= row[:, None]
+                found.rows[linear.name] = row
             grid = methods[linear.name].grid
             if factor is not None:
                 coded = gptq(wide, factor, grid)
@@ -107,12 +109,9 @@ def quantize_layer(
                 if column is not None:
                     wide *= column
                     inputs = inputs / column
+                    found.columns[linear.name] = column.clone()  # shared memory cannot be stored
                 coded = grid.quantize(wide, search_clipping(wide, inputs, grid))
             found.parts[linear.name] = grid.parts(*coded)
-            dense = decode(*coded)
-            if column is not None:
-                dense /= column
-            found.dense[linear.name] = dense if row is None else dense * row[:, None]
     return found
 
 
@@ -139,8 +138,6 @@ def _scales(
         reason = foldable(site, methods)
         fold = site.fold
         if reason or fold is None:
-            for linear in linears:
-                found.facts.setdefault(linear.name, {})["missed"] = f"no scale for its inputs: {reason}"
             continue
         norm = load(fold.weight).float() if fold.linear is None else None
         stored = load(fold.weight).dtype

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ...runtime.ops.quantized import dequantize
 from ..console import Progress
 from ..streamed_model import Part, StreamedModel
 from .layers import Method, Quantized, quantize_layer
-from .sites import Site
+from .sites import Linear, Site
 from .store import LayerStore
 
 Load = Callable[[str], Tensor]
-_PART, _DENSE, _OTHER = "part", "dense", "other"
+_PART, _COLUMNS, _ROWS, _OTHER = "part", "columns", "rows", "other"
 
 
 def part_name(weight: str, output: str) -> str:
@@ -28,16 +28,18 @@ def part_name(weight: str, output: str) -> str:
 
 
 class CalibratedWeights:
-    """A checkpoint whose calibrated weights are there in parts, and whose norms have taken what AWQ folds into them."""
+    """A checkpoint whose calibrated weights are there in parts, and whose norms have taken what AWQ folds into them.
 
-    def __init__(self, load: Load, store: LayerStore, layers: Sequence[str]) -> None:
-        self._load = load
-        self._store = store
+    Asked for as a whole, a calibrated weight is what its parts stand for.
+    """
+
+    def __init__(self, load: Load, store: LayerStore, layers: Sequence[str], linears: Mapping[str, Linear]) -> None:
+        self._load, self._store, self._linears = load, store, linears
         self._where: dict[str, tuple[str, str]] = {}
         for layer in layers:
             for stored in store.names(layer):
                 kind, _, name = stored.partition(" ")
-                if kind != _DENSE:
+                if kind in (_PART, _OTHER):
                     self._where[name] = (layer, stored)
         self.facts = {name: facts for layer in layers for name, facts in store.facts(layer).items()}
 
@@ -45,6 +47,10 @@ class CalibratedWeights:
         """A tensor of the checkpoint, or one that calibration made."""
         if name in self._where:
             return self._store.load(*self._where[name])
+        if name in self._linears:
+            linear = self._linears[name]
+            dense = _stands_for(self._store, self._where[part_name(name, "values")][0], linear)
+            return dense.t().contiguous() if linear.transposed else dense
         return self._load(name)
 
 
@@ -62,71 +68,71 @@ def calibrate(
     Args:
         tokens: calibration text, int64 [samples, length]; sites: of the model's graph.
     """
-    readers = _readers(model, sites, methods)
-    by_part = _by_part(model, sites, methods, readers)
+    linears = {linear.name: linear for site in sites for linear in site.linears if linear.name in methods}
+    readers = {name: model.model.get_submodule(name.rpartition(".")[0]) for name in linears}
+    by_part = _by_part(model, sites, readers)
     done: list[str] = []
 
     def visit(part: Part) -> Any:
         if part.path not in by_part:
             return part.run()
         names = [linear.name for site in by_part[part.path] for linear in site.linears if linear.name in methods]
+        progress.update(part.path)
         if not store.has(part.path):
-            progress.update(f"{part.path}: {len(names)} weights")
-            modules = {name: readers[name] for name in names}
             made = quantize_layer(
-                by_part[part.path],
-                methods,
-                modules,
-                load,
-                lambda: part.run(lambda _, __: None),
-                tokens.numel(),
-                model.device,
-            )
-            store.put(part.path, _tensors(made, model), made.facts)
+                by_part[part.path], methods, {name: readers[name] for name in names}, load,
+                lambda: part.run(lambda _, __: None), tokens.numel(), model.device,
+            )  # fmt: skip
+            store.put(part.path, _tensors(made), made.facts)
         done.append(part.path)
         progress.update(part.path, advance=1)
         if part.path == last:
             return None
-        for linear in (x for site in by_part[part.path] for x in site.linears if x.name in methods):
-            dense = store.load(part.path, f"{_DENSE} {linear.name}")
-            held = readers[linear.name].weight
-            with torch.no_grad():
-                held.copy_(dense.t() if linear.transposed else dense)  # type: ignore[operator]
+        for name in names:
+            dense, held = _in_place(store, part.path, linears[name]), readers[name].weight
+            held.copy_(dense.t() if linears[name].transposed else dense)  # type: ignore[operator]
         return part.run()
 
     last = [path for path in model.parts if path in by_part][-1]
     model.walk(tokens, visit, last)
-    return CalibratedWeights(load, store, done)
+    return CalibratedWeights(load, store, done, linears)
 
 
-def _tensors(made: Quantized, model: StreamedModel) -> dict[str, Tensor]:
-    """A layer as it is kept: parts, what they stand for in the model's dtype, and norms."""
+def _tensors(made: Quantized) -> dict[str, Tensor]:
+    """A layer as it is kept."""
     kept = {
         f"{_PART} {part_name(name, output)}": value
         for name, parts in made.parts.items()
         for output, value in parts.items()
     }
-    kept |= {f"{_DENSE} {name}": value.to(model.dtype) for name, value in made.dense.items()}
-    return kept | {f"{_OTHER} {name}": value for name, value in made.others.items()}
+    for kind, tensors in ((_COLUMNS, made.columns), (_ROWS, made.rows), (_OTHER, made.others)):
+        kept |= {f"{kind} {name}": value for name, value in tensors.items()}
+    return kept
 
 
-def _readers(model: StreamedModel, sites: Sequence[Site], methods: Mapping[str, Method]) -> dict[str, nn.Module]:
-    """The linear layer that reads each weight."""
-    return {
-        linear.name: model.model.get_submodule(linear.name.rpartition(".")[0])
-        for site in sites
-        for linear in site.linears
-        if linear.name in methods
-    }
+def _stands_for(store: LayerStore, layer: str, linear: Linear) -> Tensor:
+    """Float32 [n, k] of a finished weight, as its parts have it."""
+    values, scale, zero = (f"{_PART} {part_name(linear.name, output)}" for output in ("values", "scale", "zero"))
+    zeros = store.load(layer, zero) if zero in store.names(layer) else None
+    scales = store.load(layer, scale)
+    return dequantize(store.load(layer, values), scales, zeros, "int4", [1, linear.k // scales.shape[1]])
 
 
-def _by_part(
-    model: StreamedModel, sites: Sequence[Site], methods: Mapping[str, Method], readers: Mapping[str, nn.Module]
-) -> dict[str, list[Site]]:
+def _in_place(store: LayerStore, layer: str, linear: Linear) -> Tensor:
+    """The weight that computes the same in a layer whose norms and other weights are as they were."""
+    dense, names = _stands_for(store, layer, linear), store.names(layer)
+    if (columns := f"{_COLUMNS} {linear.name}") in names:
+        dense /= store.load(layer, columns)
+    if (rows := f"{_ROWS} {linear.name}") in names:
+        dense *= store.load(layer, rows)[:, None]
+    return dense
+
+
+def _by_part(model: StreamedModel, sites: Sequence[Site], readers: Mapping[str, nn.Module]) -> dict[str, list[Site]]:
     """The sites of every part that has any to quantize."""
     where = {id(module): path for path, part in model.parts.items() for module in part.modules()}
     found: dict[str, list[Site]] = {}
     for site in sites:
-        for path in {where[id(readers[linear.name])]: None for linear in site.linears if linear.name in methods}:
+        for path in {where[id(readers[linear.name])]: None for linear in site.linears if linear.name in readers}:
             found.setdefault(path, []).append(site)
     return found

@@ -8,25 +8,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from ...passes.graph import TracedGraph, aten, is_call, is_weight, operands, shape_of
+from ...passes.quantize.select import is_router
 from ...passes.weights import Expression, Stored, Transposed
 from ...runtime.ops.schema import overload
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer [n, k] by its weight's name; `transposed` where the checkpoint holds it as [k, n]."""
+    """A linear layer [n, k] by its weight's name; `transposed` where the checkpoint holds it as [k, n].
+
+    Attributes:
+        attribute: the weight's name in the graph.
+        apart: why it is not calibrated like others, "" if it is: it is tied to an embedding, or a router.
+    """
 
     name: str
     n: int
     k: int
     transposed: bool = False
-    tied: bool = False  # an embedding reads the same weight
+    attribute: str = ""
+    apart: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +82,9 @@ def find_sites(traced: TracedGraph) -> list[Site]:
             linear = _linear(traced, node)
             attribute = str(operands(node)[1].target)
             if linear is not None:
-                tied = attribute in embedded or uses[attribute] > 1
-                linears.append(Linear(linear.name, linear.n, linear.k, linear.transposed, tied))
+                apart = "tied to an embedding" if attribute in embedded or uses[attribute] > 1 else ""
+                apart = "a router" if is_router(node) else apart
+                linears.append(replace(linear, attribute=attribute, apart=apart))
         others = [user for user in x.users if user not in nodes]
         if others:
             found: Fold | str = f"its input is read by {others[0].name} too"

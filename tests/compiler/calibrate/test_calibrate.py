@@ -12,7 +12,7 @@ import pytest
 import torch
 from ingot.compiler.calibrate.grid import Int4Grid, decode
 from ingot.compiler.calibrate.layers import Method
-from ingot.compiler.calibrate.run import CalibratedWeights, calibrate, part_name
+from ingot.compiler.calibrate.run import CalibratedWeights, _in_place, calibrate, part_name
 from ingot.compiler.calibrate.sites import Linear, Site, find_sites
 from ingot.compiler.calibrate.store import FolderStore
 from ingot.compiler.calibrate.text import own_samples
@@ -44,7 +44,7 @@ class Subject:
 
     @property
     def linears(self) -> list[Linear]:
-        return [linear for site in self.sites for linear in site.linears if not linear.tied]
+        return [linear for site in self.sites for linear in site.linears if not linear.apart]
 
     def logits(self, load: Load) -> Tensor:
         model = ReferenceModel(self.config, "float32", load)
@@ -116,14 +116,15 @@ def test_it_beats_rounding_to_nearest(
     # The first layer's inputs, quantized or not, are the model's own.
     store, layer = FolderStore(tmp_path), "model.layers.0"
     assert store.has(layer)
-    names = [linear.name for linear in subject.linears if linear.name.startswith(f"{layer}.")]
+    linears = {x.name: x for x in subject.linears if x.name.startswith(f"{layer}.")}
+    names = list(linears)
     assert len(names) == 7
     ratios = {}
     for name, inputs in subject.inputs(subject.weights.load, names).items():
         weight = subject.weights.load(name).float()
         errors = [
             (inputs @ (found - weight).t()).square().sum()
-            for found in (store.load(layer, f"dense {name}"), nearest(name))
+            for found in (_in_place(store, layer, linears[name]), nearest(name))
         ]
         ratios[name] = float(errors[0] / errors[1])
     assert max(ratios.values()) < 1.0, ratios

@@ -32,7 +32,7 @@ def test_a_scale_that_is_folded_changes_nothing(family: str, tmp_path: Path) -> 
     state, generator, folded = model.state_dict(), torch.Generator().manual_seed(1), 0
     for site in sites_of(config):
         assert bool(site.reason) == (site.fold is None)
-        if site.fold is None or any(linear.tied for linear in site.linears):
+        if site.fold is None or any(linear.apart for linear in site.linears):
             continue
         fold, folded = site.fold, folded + 1
         size = fold.linear.n if fold.linear is not None else len(state[fold.weight])
@@ -69,7 +69,8 @@ def test_reasons() -> None:
     reasons = {site.linears[0].name: site.reason for site in sites_of(subjects(["gpt2"])[0].config)}
     assert "takes no scale" in reasons["transformer.h.0.mlp.c_proj.weight"]
     assert (
-        next(s for s in sites_of(subjects(["gpt2"])[0].config) if s.linears[0].tied).linears[0].name == "lm_head.weight"
+        next(s for s in sites_of(subjects(["gpt2"])[0].config) if s.linears[0].apart).linears[0].name
+        == "lm_head.weight"
     )
     reasons = {site.linears[0].name: site.reason for site in sites_of(subjects(["mixtral"])[0].config)}
     assert "is read by" in reasons["model.layers.0.mlp.gate.weight"]
