@@ -75,6 +75,14 @@ def scheme(recipe: Recipe) -> str:
     return " + ".join(dict.fromkeys(words)) or recipe.model.dtype
 
 
+def _kept_in(plan: Plan | BuildFacts) -> str:
+    """`scheme`, behind what the checkpoint holds quantized already."""
+    words = [f"{' '.join(plan.kept)} (checkpoint)"] if plan.kept else []
+    if not words or plan.recipe.quantization.active:
+        words.append(scheme(plan.recipe))
+    return " + ".join(words)
+
+
 def cut(source: str, ids: Sequence[int], lead: Sequence[int], positions: int, max_length: int) -> Windows:
     """Windows over `ids` that predict `positions` tokens of them, each once, or as many as there are.
 
@@ -166,7 +174,7 @@ def measure(plan: Plan | BuildFacts, load: Load, root: Path, manifest: Manifest,
             if narrow:
                 eager.add(reference, each[1][number][:-1], following)
     return {
-        "scheme": scheme(recipe),
+        "scheme": _kept_in(plan),
         "reference": "transformers eager float32",
         "text": windows.source,
         "tokens_digest": windows.digest,
@@ -218,12 +226,12 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def shortfalls(recipe: Recipe, report: dict[str, Any]) -> list[str]:
+def shortfalls(recipe: Recipe, report: dict[str, Any], activations: bool = False) -> list[str]:
     """What of the recipe's budgets the text shows to be missed, beyond two standard errors; nothing where it is kept.
 
     The gate has judged the engines by the same budgets to the letter, on fewer positions.
     """
-    budget = budget_for(recipe)
+    budget = budget_for(recipe, activations)
     found = report["engine"]
     if not found["finite"]:
         return ["some logits are not finite"]

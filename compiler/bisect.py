@@ -83,7 +83,7 @@ class Oracle:
         self.reference = dict(zip(replayed, numeric_gate.reference_logits(plan.config, load, chosen)))
         eager = numeric_gate.eager_logits(plan.config, recipe, load, chosen)
         self.own = compare(list(self.reference.values()), eager) if eager is not None else None
-        self.budget = numeric_gate.budget_for(recipe)
+        self.budget = numeric_gate.budget_for(recipe, bool(plan.kept_activations))
         self.tried: list[str] = []
 
     def _case(self, pair: Pair, worst: int) -> Case:
@@ -179,7 +179,7 @@ def bisect(recipe: Recipe, *, progress: Progress, passes: Sequence[GraphPass] = 
         UsageError, UnsupportedModelError, PassError: as a build would.
     """
     plan, model = make_plan(recipe, progress, None, passes)
-    weights = open_weights(model, plan.folder, recipe.model.dtype, recipe.model.seed)
+    weights = open_weights(model, plan.folder, recipe.model.dtype, recipe.model.seed, plan.foreign)
     tokenizer = check_tokenizer(plan.folder, plan.vocabulary) if plan.folder is not None else None
     with progress.stage("bisect"):
         tokens = numeric_gate.plan_tokens(plan, tokenizer)

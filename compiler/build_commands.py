@@ -151,6 +151,7 @@ def _dry_run(recipe: Recipe, output: Path, as_json: bool) -> int:
 def _look_at_model(recipe: Recipe, output: Path) -> tuple[IngotError | None, dict[str, Any]]:
     """Whether a build could start, and the config's main facts; nothing is fetched."""
     from .config_check import check_length, read_config
+    from .foreign.weights import reader_of, refuse_random
     from .model_source import resolve_source
 
     try:
@@ -158,7 +159,12 @@ def _look_at_model(recipe: Recipe, output: Path) -> tuple[IngotError | None, dic
         check_output(recipe, output)
         if recipe.model.source == "hub":
             return None, {}
-        config = read_config(resolve_source(recipe))
+        source = resolve_source(recipe)
+        config = read_config(source)
+        if recipe.model.source == "random":
+            refuse_random(source)
+        else:
+            reader_of(source)
         check_length(config, recipe.model.max_length)
     except IngotError as error:
         return error, {}

@@ -195,11 +195,13 @@ def _gate(
     pairs = numeric_gate.engine_pairs(recipe)
     found = numeric_gate.replay_in_child(root, manifest, pairs, tokens)
     reference = numeric_gate.reference_logits(facts.config, load, tokens, recipe.target.device)
-    result = numeric_gate.judge(recipe, pairs, found, reference, None, tokens)
+    activations = bool(facts.kept_activations)
+    result = numeric_gate.judge(recipe, pairs, found, reference, None, tokens, activations)
     if not result.passed:
         # Only now is it worth the time to ask how far the model's own dtype is off.
         eager = numeric_gate.eager_logits(facts.config, recipe, load, tokens)
-        result = result if eager is None else numeric_gate.judge(recipe, pairs, found, reference, eager, tokens)
+        if eager is not None:
+            result = numeric_gate.judge(recipe, pairs, found, reference, eager, tokens, activations)
     if not result.passed:
         _fail(workshop, tokens, result, progress)
     return result.report
@@ -236,7 +238,7 @@ def _accuracy(
     if not windows.positions:
         return {}
     measured = accuracy.measure(facts, workshop.weights.load, root, manifest, windows)
-    if missed := accuracy.shortfalls(facts.recipe, measured):
+    if missed := accuracy.shortfalls(facts.recipe, measured, bool(facts.kept_activations)):
         raise GateError(
             f"the accuracy falls short: {'; '.join(missed)}",
             f"measured on {measured['positions']} tokens of {measured['text']}, scheme {measured['scheme']}",

@@ -181,9 +181,9 @@ def check_against(
     lines += [f"{name} is not part of the model" for name in extra[:5]]
     wrong = [name for name, info in stored.items() if name in expected and info.shape != tuple(expected[name])]
     lines += [f"{name} is {list(stored[name].shape)}, the config says {list(expected[name])}" for name in wrong[:5]]
-    # Integers would be taken for numbers of the same value; they are codes of somebody's quantization.
-    codes = [name for name, info in stored.items() if name in expected and not info.dtype.is_floating_point]
-    lines += [f"{name} holds {stored[name].dtype}, a model's weights are floats" for name in codes[:5]]
+    # Integers and 8-bit floats would be taken for numbers of the same value; they are codes of somebody's quantization.
+    codes = [n for n, i in stored.items() if n in expected and not (i.dtype.is_floating_point and i.dtype.itemsize > 1)]
+    lines += [f"{name} holds {stored[name].dtype}, a model's weights are wider floats" for name in codes[:5]]
     if lines:
         count = len(missing) + len(extra) + len(wrong) + len(codes)
         raise UsageError(

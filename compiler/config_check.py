@@ -37,26 +37,39 @@ _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation\w*")
 def read_config(source: str | Path) -> dict[str, Any]:
     """The checked config of a model folder (or of a config file given by itself).
 
-    Attention implementations and paths of the machine it was saved on are dropped; all else is as in the file.
+    Attention implementations and paths of the machine it was saved on are dropped, and `quantization_config`, which is
+    about the weights (see `read_quantization`); all else is as in the file.
 
     Raises:
         UsageError: missing, not strict JSON, or numbers that contradict each other or no model has.
-        UnsupportedModelError: repository code, a model type transformers does not know or that is no plain
-            decoder, or weights quantized by others.
+        UnsupportedModelError: repository code, or a model type transformers does not know or that is no plain decoder.
         ResourceError: even the smallest model of these sizes is far beyond this machine's memory.
     """
-    source = Path(source)
-    folder, name = (source, "config.json") if source.is_dir() else (source.parent, source.name)
-    path = model_file(folder, name)
-    if path is None:
-        raise UsageError(f"{folder / name}: missing", "a model folder holds a config.json", "check the folder's path")
-    config = read_json(path, MAX_CONFIG_BYTES)
+    path, config = _read(Path(source))
+    config.pop("quantization_config", None)
     _refuse_code(config, str(path))
     _check_kind(config, str(path))
     _check_numbers(config, str(path))
     _check_sizes(config, str(path))
     drop = ("_name_or_path", "_commit_hash")
     return {key: value for key, value in config.items() if key not in drop and not _IMPLEMENTATION.fullmatch(key)}
+
+
+def read_quantization(source: str | Path) -> object | None:
+    """What config.json says of weights that are stored quantized, unchecked; None where it says nothing.
+
+    Raises:
+        UsageError: config.json is missing or not strict JSON.
+    """
+    return _read(Path(source))[1].get("quantization_config") or None
+
+
+def _read(source: Path) -> tuple[Path, dict[str, Any]]:
+    folder, name = (source, "config.json") if source.is_dir() else (source.parent, source.name)
+    path = model_file(folder, name)
+    if path is None:
+        raise UsageError(f"{folder / name}: missing", "a model folder holds a config.json", "check the folder's path")
+    return path, read_json(path, MAX_CONFIG_BYTES)
 
 
 def check_length(config: dict[str, Any], max_length: int) -> None:
@@ -97,11 +110,10 @@ def _refuse_code(config: dict[str, Any], where: str) -> None:
                 "remove the key; Ingot brings its own attention",
             )
         if leaf in ("quantization_config", "compression_config") and value:
-            method = value.get("quant_method", "unknown") if isinstance(value, dict) else "unknown"
             raise UnsupportedModelError(
-                f"{where}: the weights are quantized already (method {str(method)[:40]!r})",
-                "Ingot quantizes from float weights itself",
-                'take the model\'s float checkpoint and set quantization.scheme = "W8A16"',
+                f"{where}: {key[:80]} is not supported",
+                "quantized weights are understood where quantization_config stands at the top",
+                "take another checkpoint of the model, or its float one",
             )
 
 

@@ -6,6 +6,7 @@ under which compiled engines are found again, and all that manifest and reports 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,21 @@ class BuildFacts:
         return self.recipe.model.dtype != "float32" or any(r["changed"] and not r["exact"] for r in records)
 
     @property
+    def kept(self) -> list[str]:
+        """Formats of the weights that the checkpoint holds quantized and that stay so."""
+        return kept_formats(r["facts"] for known in self.engines.values() for r in known.records)
+
+    @property
+    def kept_activations(self) -> list[str]:
+        """What those weights' products quantize activations to."""
+        return kept_formats((r["facts"] for known in self.engines.values() for r in known.records), "activations")
+
+    @property
     def vocabulary(self) -> int:
         """Logits per token: what the config calls vocab_size, as the graphs have it."""
         return self.first.outputs[1].shape[1]
+
+
+def kept_formats(facts: Iterable[Mapping[str, Any]], what: str = "held") -> list[str]:
+    """What the pass keep-quantized has noted of weights ("held") or of activations, each format once."""
+    return sorted({name for known in facts if "held" in known for name in known[what]})

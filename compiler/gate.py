@@ -70,10 +70,15 @@ def _at_least(share: float, count: int) -> float:
     return share - 2 * (share * (1 - share) / count) ** 0.5 - 1 / count
 
 
-def budget_for(recipe: Recipe) -> Budget:
-    """The recipe's budgets over the defaults for its dtype and scheme."""
+def budget_for(recipe: Recipe, activations: bool = False) -> Budget:
+    """The recipe's budgets over the defaults for its dtype and scheme.
+
+    Args:
+        activations: the checkpoint asks for quantized activations. Its weights alone cost nothing: the reference has
+            the same, made dense.
+    """
     asked = recipe.gate.budgets
-    if recipe.quantization.active:
+    if recipe.quantization.active or activations:
         base = Budget(mean_kl=0.005, top1=0.97)
     elif recipe.model.dtype == "float32":
         base = Budget(max_relative_error=1e-4)
@@ -184,13 +189,15 @@ def judge(
     reference: list[np.ndarray],
     eager: list[np.ndarray] | None,
     tokens: GateTokens,
+    activations: bool = False,
 ) -> GateResult:
     """Compare each pair's logits with the reference.
 
     Args:
         reference: float32 eager logits; eager: those of the recipe's own dtype where that is narrower.
+        activations: as `budget_for` takes it.
     """
-    budget = budget_for(recipe)
+    budget = budget_for(recipe, activations)
     own = compare(reference, eager) if eager is not None else None
     whole_pairs: list[dict[str, Any]] = []
     engines: dict[str, Distance] = {}

@@ -17,6 +17,8 @@ from torch import nn
 
 from ..artifacts.errors import UnsupportedModelError, UsageError
 from .checkpoint import Checkpoint, RandomCheckpoint, SafetensorsCheckpoint, TensorInfo, check_against, is_finite
+from .foreign.layer import RAW
+from .foreign.weights import ForeignWeights
 from .load_model import DTYPES
 
 
@@ -36,12 +38,20 @@ def expected_tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict
 class ModelWeights:
     """The model's parameters by the names the trace uses."""
 
-    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], foreign: ForeignWeights | None = None) -> None:
         self._checkpoint = checkpoint
         self._names = dict(names)
+        self._foreign = foreign
 
     def load(self, name: str) -> torch.Tensor:
-        """A parameter in its stored dtype, not to be written to."""
+        """A parameter in its stored dtype, not to be written to; one that is stored quantized is made dense.
+
+        After `foreign.layer.RAW` stands the name of a tensor, which is given as it is stored.
+        """
+        if name.startswith(RAW):
+            return self._checkpoint.load(name.removeprefix(RAW))
+        if self._foreign is not None and name in self._foreign:
+            return self._foreign.dense(name)
         return self._checkpoint.load(self._names.get(name, name))
 
     def digest(self) -> str:
@@ -84,8 +94,13 @@ def _load_by_transformers(folder: Path, dtype: str, digest: str) -> _Loaded | No
     return _Loaded(model.state_dict(), digest)
 
 
-def open_weights(model: nn.Module, folder: Path | None, dtype: str, seed: int) -> ModelWeights:
+def open_weights(
+    model: nn.Module, folder: Path | None, dtype: str, seed: int, foreign: ForeignWeights | None = None
+) -> ModelWeights:
     """The weights of `model`: from the folder, or random ones when there is none.
+
+    Args:
+        foreign: those that the folder holds quantized.
 
     Raises:
         UsageError: names or shapes do not fit, files are broken.
@@ -95,9 +110,10 @@ def open_weights(model: nn.Module, folder: Path | None, dtype: str, seed: int) -
     if folder is None:
         unique = {name: shape for name, shape in shapes.items() if name not in alias}
         return ModelWeights(RandomCheckpoint(unique, DTYPES[dtype], seed), alias)
-    checkpoint = SafetensorsCheckpoint(folder)
+    checkpoint = foreign.checkpoint if foreign else SafetensorsCheckpoint(folder)
+    shapes = {name: shape for name, shape in shapes.items() if foreign is None or name not in foreign}
     names = _names(checkpoint.tensors, shapes, alias)
-    if names is None:
+    if names is None and foreign is None:
         loaded = _load_by_transformers(folder, dtype, checkpoint.digest())
         if loaded is not None:
             return ModelWeights(loaded, {})
@@ -108,14 +124,15 @@ def open_weights(model: nn.Module, folder: Path | None, dtype: str, seed: int) -
             "some have no counterpart",
             "check that both belong to the same model",
         )
-    renamed = {name: names.get(name, name) for name in shapes}
+    renamed = {name: (names or {}).get(name, name) for name in shapes}
     wanted = {stored: shapes[name] for name, stored in renamed.items()}
     known = {*shapes, *alias, *(name for name, _ in model.named_buffers())}
     known |= {name.split(".", 1)[1] for name in known if "." in name}
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     spare = {n for n in checkpoint.tensors if n in known or any(re.search(p, n) for p in patterns)}
+    spare |= foreign.names if foreign else set()
     check_against(checkpoint, wanted, ignore=spare - set(wanted))
-    return ModelWeights(checkpoint, renamed)
+    return ModelWeights(checkpoint, renamed, foreign)
 
 
 def _names(stored: Mapping[str, Any], shapes: Mapping[str, Any], alias: Mapping[str, str]) -> dict[str, str] | None:

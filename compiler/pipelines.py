@@ -25,6 +25,7 @@ from ..passes.plan.nibbles import OrderNibbles
 from ..passes.plan.pack_weights import PackWeights
 from ..passes.plan.sample import SampleTokens
 from ..passes.plan.static_buffers import PlanStaticBuffers
+from ..passes.quantize.keep import KeepQuantized
 from ..passes.quantize.weights import QuantizeWeights
 
 # Clean up: one spelling for one meaning.
@@ -49,7 +50,8 @@ PIPELINE: tuple[GraphPass, ...] = (
     InsertKVCache(),
     FuseAttentionStep(),
     SampleTokens(),
-    # quantize: only where the recipe says so
+    # quantize: what the checkpoint holds so, and what the recipe says
+    KeepQuantized(),
     QuantizeWeights(),
     # plan: what runs where
     FuseLinear(),

@@ -6,7 +6,7 @@ the artifact will have.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from ..passes.manager import Instrument, run_passes
 from .backends.aoti import output_buffers
 from .config_check import check_length, check_memory, read_config
 from .console import Progress
+from .facts import kept_formats
+from .foreign.weights import ForeignWeights, open_foreign, refuse_random
 from .load_model import make_model
 from .model_source import resolve_source
 from .pipelines import PIPELINE, select
-from .quantization import check_shapes, check_target, groups_of
+from .quantization import check_held, check_shapes, check_target, groups_of
 from .recipe import EngineShape, Recipe
 from .recipe_check import check_files
 from .trace import trace
@@ -40,6 +42,7 @@ class Plan:
     graphs: dict[str, TracedGraph]
     records: dict[str, list[PassRecord]]
     contexts: dict[str, Context]
+    foreign: ForeignWeights | None = None  # what the checkpoint holds quantized
 
     @property
     def cache_layers(self) -> tuple[CacheLayer, ...]:
@@ -48,12 +51,22 @@ class Plan:
         return tuple(CacheLayer(tuple(x["key"]), tuple(x["value"]), x["window"]) for x in facts["layers"])  # type: ignore[attr-defined]
 
     @property
+    def kept(self) -> list[str]:
+        """Formats of the weights that the checkpoint holds quantized and that stay so."""
+        return kept_formats(record.facts for records in self.records.values() for record in records)
+
+    @property
+    def kept_activations(self) -> list[str]:
+        """What those weights' products quantize activations to."""
+        return kept_formats((r.facts for records in self.records.values() for r in records), "activations")
+
+    @property
     def vocabulary(self) -> int:
         """Logits per token: what the config calls vocab_size, as the graphs have it."""
         return output_buffers(next(iter(self.graphs.values())))[1].shape[1]
 
 
-def context_for(recipe: Recipe, shape: EngineShape) -> Context:
+def context_for(recipe: Recipe, shape: EngineShape, foreign: ForeignWeights | None = None) -> Context:
     """What passes may know of one engine."""
     block = recipe.shapes.kv_block_size
     max_blocks = -(-recipe.model.max_length // block)
@@ -61,7 +74,8 @@ def context_for(recipe: Recipe, shape: EngineShape) -> Context:
     return Context(
         phase=shape.phase, batch=shape.batch, length=shape.length, device=recipe.target.device,
         max_length=recipe.model.max_length, block_size=block, num_blocks=-(-tokens // block) + 1, max_blocks=max_blocks,
-        quantization=groups_of(recipe.quantization),
+        quantization=groups_of(recipe.quantization), held=foreign.held if foreign else {},
+        made_dense=foreign.made_dense if foreign else {},
     )  # fmt: skip
 
 
@@ -79,10 +93,17 @@ class Tracer:
         self._dump_ir, self._chosen = dump_ir, select(recipe.passes.skip, passes)
         config = read_config(source)
         check_length(config, recipe.model.max_length)
+        folder = None if recipe.model.source == "random" else source
+        if folder is None:
+            refuse_random(source)
         self.model = make_model(config, recipe.model.dtype)
-        needed = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        check_memory(needed, f"a {config['model_type']} of this size")
-        self.plan = Plan(recipe, config, None if recipe.model.source == "random" else source, {}, {}, {})
+        foreign = None if folder is None else open_foreign(self.model, folder)
+        if foreign is not None:
+            check_held(recipe, foreign)
+        held: Mapping[str, object] = foreign.layers if foreign else {}
+        needed = sum(p.numel() * p.element_size() for name, p in self.model.named_parameters() if name not in held)
+        check_memory(needed + (foreign.held_bytes if foreign else 0), f"a {config['model_type']} of this size")
+        self.plan = Plan(recipe, config, folder, {}, {}, {}, foreign)
 
     def add(self, shape: EngineShape) -> None:
         """Put one engine into `plan`, if it is not there yet.
@@ -96,7 +117,7 @@ class Tracer:
         traced = trace(self.model, shape.batch, shape.length)
         recorder = Recorder()
         instruments: list[Instrument] = [recorder, *([DumpIR(self._dump_ir, shape.name)] if self._dump_ir else [])]
-        context = context_for(plan.recipe, shape)
+        context = context_for(plan.recipe, shape, plan.foreign)
         run_passes(traced, self._chosen, context, instruments)
         check_shapes(plan.recipe, {shape.name: recorder.records})
         plan.graphs[shape.name], plan.contexts[shape.name] = traced, context

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..artifacts.errors import UsageError
+from ..artifacts.errors import UnsupportedModelError, UsageError
 from ..passes.base import QuantizationGroup
 from ..passes.instruments import PassRecord
 from ..passes.quantize.schemes import SCHEMES
 from ..runtime.ops.cuda.linear_problem import FORMATS as CUDA_FORMATS
+from .foreign.weights import ForeignWeights
 from .recipe import Recipe
 from .recipe_sections import GROUP_SIZES, Quantization
 
@@ -40,6 +41,20 @@ def check_target(recipe: Recipe) -> None:
         )
 
 
+def check_held(recipe: Recipe, foreign: ForeignWeights) -> None:
+    """Raise UnsupportedModelError where the checkpoint's own quantized weights have no kernel on the target."""
+    if recipe.target.device == "cpu" or "keep-quantized" in recipe.passes.skip:
+        return
+    for name, layer in foreign.layers.items():
+        if (layer.format, layer.activations) not in CUDA_FORMATS:
+            kind = f"{layer.format} weights with {layer.activations or 'plain'} activations"
+            raise UnsupportedModelError(
+                f"{name} has no kernel for {recipe.target.device}",
+                f"the checkpoint ({foreign.method}) holds {kind}",
+                "--set target.device=cpu, or make the weights dense: --set passes.skip='[\"keep-quantized\"]'",
+            )
+
+
 def check_shapes(recipe: Recipe, records: Mapping[str, Sequence[PassRecord]]) -> None:
     """Raise UsageError where a group size does not divide a weight's columns, or where a scheme reached no weight."""
     asked = recipe.quantization
@@ -50,7 +65,7 @@ def check_shapes(recipe: Recipe, records: Mapping[str, Sequence[PassRecord]]) ->
         for record in lossy:
             if unfit := record.facts.get("indivisible"):
                 raise _indivisible(unfit)  # type: ignore[arg-type]
-        if not any(record.changed for record in lossy):
+        if not any(record.changed for record in lossy if "held" not in record.facts):
             patterns = "; ".join(f"targets {list(g.targets)}, ignore {list(g.ignore)}" for g in asked.active)
             raise UsageError(
                 f"quantization reached no weight of engine {engine}",

@@ -88,7 +88,7 @@ class Stages:
                 key = None
                 if not self._retrace:
                     size = [shape.phase, shape.batch, shape.length]
-                    fields = {"shape": size, "config": self.inputs.config}
+                    fields = {"shape": size, "config": self.inputs.config, "held": self.inputs.held}
                     key = self._key("trace", shape.name, fields, "torch", "transformers")
                 make = functools.partial(self._facts, shape.name)
                 value = self.session.run(key, make, name=("trace", shape.name))

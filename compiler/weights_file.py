@@ -21,7 +21,7 @@ SHARD_BYTES = 4 << 30
 _ALIGNMENT = 256
 _DTYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
-    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.float64: "F64",
+    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 
 

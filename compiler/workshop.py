@@ -46,7 +46,9 @@ class Workshop:
     def weights(self) -> ModelWeights:
         """The checkpoint, found to fit the model."""
         plan = self.tracer.plan
-        return open_weights(self.tracer.model, plan.folder, self.recipe.model.dtype, self.recipe.model.seed)
+        return open_weights(
+            self.tracer.model, plan.folder, self.recipe.model.dtype, self.recipe.model.seed, plan.foreign
+        )
 
     def plan(self, names: Sequence[str] | None = None) -> Plan:
         """The plan with these engines' graphs in it, or with all."""
@@ -63,10 +65,12 @@ class Workshop:
             for key, expression in traced.weights.entries.items()
             for held in [getattr(traced.gm, key)]
         }
+        # What the checkpoint holds is in the weights' expressions already.
+        context = dataclasses.replace(plan.contexts[name], held={}, made_dense={})
         records = [dataclasses.asdict(record) for record in plan.records[name]]
         return EngineFacts(
             graph_digest(traced), input_buffers(traced), output_buffers(traced), weights,
-            dataclasses.asdict(plan.contexts[name]), json.loads(json.dumps(records)), plan.config,
+            dataclasses.asdict(context), json.loads(json.dumps(records)), plan.config,
         )  # fmt: skip
 
     def write_weights(self, folder: Path) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from .graph import TracedGraph
+from .quantize.held import QuantizedWeight
 from .stages import Stage
 
 
@@ -35,6 +37,8 @@ class Context:
         max_length: longest sequence in tokens; block_size: tokens a KV block holds.
         num_blocks: blocks of the cache, the null block included; max_blocks: blocks a sequence can have.
         quantization: the groups of weights to be quantized.
+        held: weights that the checkpoint holds quantized, by their names in the model; made_dense: those of them that
+            no op reads quantized, each with what it is.
     """
 
     phase: str
@@ -46,6 +50,8 @@ class Context:
     num_blocks: int = 33
     max_blocks: int = 32
     quantization: tuple[QuantizationGroup, ...] = ()
+    held: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    made_dense: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

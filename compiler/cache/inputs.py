@@ -41,6 +41,8 @@ class Inputs:
             self.checkpoint = _digest(folder, [*weights, "model.safetensors.index.json"])
         else:
             self.checkpoint = hashlib.sha256(f"random {recipe.model.seed} {self.config}".encode()).hexdigest()
+        # Graphs over weights that are stored quantized depend on how they are stored.
+        self.held = self.checkpoint if b'"quantization_config"' in config.read_bytes() else ""
 
 
 def _digest(folder: Path, names: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from ..graph import (
     shape_of,
     source_of,
 )
+from ..quantize.held import QuantizedWeight, stackable
 from ..quantize.select import Roles, group_of, is_router, roles_of
 from ..stages import Stage
 from ..weights import Concat
@@ -47,7 +48,7 @@ class MergeProjections:
                 outcome.miss(linears[0].name, "others of its input are quantized otherwise")
             if len(linears) < 2:
                 continue
-            if reason := _unfit(linears):
+            if reason := _unfit(linears) or _held_apart(linears, roles, ctx):
                 outcome.miss(linears[0].name, reason)
                 continue
             _merge(traced, x, linears)
@@ -57,9 +58,22 @@ class MergeProjections:
 
 def _form(linear: fx.Node, roles: Roles, ctx: Context) -> object:
     """What quantization will make of a layer's weight: only layers that agree in this can be stacked."""
+    if held := _held(linear, roles, ctx):
+        return held.form
     if not ctx.quantization or is_router(linear):
         return None
     return group_of(roles[str(_weight(linear).target)][0], ctx.quantization)
+
+
+def _held(linear: fx.Node, roles: Roles, ctx: Context) -> QuantizedWeight | None:
+    """The layer's weight where the checkpoint holds it quantized already."""
+    parts = roles[str(_weight(linear).target)]
+    return ctx.held.get(parts[0][0].name) if parts else None
+
+
+def _held_apart(linears: list[fx.Node], roles: Roles, ctx: Context) -> str:
+    held = [weight for linear in linears if (weight := _held(linear, roles, ctx))]
+    return "" if stackable(held) else f"the checkpoint's blocks of {held[0].group[0]} rows do not meet"
 
 
 def _weight(linear: fx.Node) -> fx.Node:

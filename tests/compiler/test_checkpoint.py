@@ -411,7 +411,8 @@ def test_traces_of_another_machine_are_dropped(tmp_path: Path) -> None:
         ({"model_type": "clip"}, "clip"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"vision_config": {"hidden_size": 4}}, "multimodal"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"inner": {"quantization_config": {"quant_method": "gptq"}}}, "inner.quantization_config"),
+        ({"compression_config": {"format": "dense"}}, "compression_config"),
         ({"time_step_limit": [0.0, float("inf")]}, "time_step_limit"),
     ],
 )

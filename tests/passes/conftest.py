@@ -17,8 +17,10 @@ from ingot.passes.base import Context, GraphPass, QuantizationGroup
 from ingot.passes.graph import TracedGraph, copy_graph
 from ingot.passes.instruments import PassRecord, Recorder
 from ingot.passes.manager import run_passes
+from ingot.passes.quantize.held import QuantizedPart, QuantizedWeight
+from ingot.passes.quantize.round_to_nearest import RoundToNearest
 from ingot.passes.stages import Stage
-from ingot.passes.weights import Load
+from ingot.passes.weights import Load, Quantized, Stored
 
 _COMMON = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -38,7 +40,17 @@ LENGTH = 8
 PREFILL = Context("prefill", 1, LENGTH, max_length=32, block_size=4, num_blocks=17, max_blocks=8)
 CUDA = Context("decode", 2, 1, "cuda", max_length=32, block_size=4, num_blocks=17, max_blocks=8)
 _W8A16 = (QuantizationGroup("W8A16"),)
-DECODE = Context("decode", 2, 1, max_length=32, block_size=4, num_blocks=17, max_blocks=8, quantization=_W8A16)
+_DOWN = Stored("model.layers.0.mlp.down_proj.weight", (32, 48), torch.float32)
+_INT4 = RoundToNearest("int4", 16)
+# One weight is held quantized by the checkpoint, the others are quantized here.
+_HELD = QuantizedWeight(
+    "int4", (1, 16), "", QuantizedPart(Quantized(_DOWN, _INT4, "values"), (32, 24), torch.uint8),
+    QuantizedPart(Quantized(_DOWN, _INT4, "scale"), (32, 3), torch.float16),
+)  # fmt: skip
+DECODE = Context(
+    "decode", 2, 1, max_length=32, block_size=4, num_blocks=17, max_blocks=8, quantization=_W8A16,
+    held={_DOWN.name: _HELD},
+)  # fmt: skip
 # Prefill is not quantized here, so that all its passes are exact and SelectKernels has something to do.
 SUBJECTS = [
     ("llama", "float32", DECODE),

@@ -1,0 +1,1 @@
+"""Checkpoints that somebody else has quantized: read strictly, repacked while they stream, never requantized."""
