@@ -121,6 +121,18 @@ class KVCache:
     dtype: DType
     layers: tuple[CacheLayer, ...]
 
+    @property
+    def scaled(self) -> bool:
+        """Whether each token and head has a float32 scale, for keys and for values: a cache of 8 bits does."""
+        return self.dtype in ("int8", "float8_e4m3fn")
+
+    def token_bytes(self, layer: CacheLayer) -> int:
+        """What a token's keys and values take in one layer, scales included."""
+        width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(self.dtype, 1)
+        (k_heads, k_dim), (v_heads, v_dim) = layer.key, layer.value
+        scales = 4 * (k_heads + v_heads) if self.scaled else 0
+        return width * (k_heads * k_dim + v_heads * v_dim) + scales
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:

@@ -8,7 +8,6 @@ the whole graph. No torch takes part, but for the ceiling, in a process of its o
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from ..runtime.engines.base import Engine
 from ..runtime.engines.cuda import Driver
 from ..runtime.engines.plan import PlanGroup
 from ..runtime.loader import open_verified
-from ..runtime.weights import ITEM_BYTES
 from .gpu_ceilings import gpu_ceilings
 from .step_timer import MOST_STEPS, Recorder, StepTimer
 from .table import markdown
@@ -148,7 +146,7 @@ def cache_read_bytes(launch: PlanLaunch, entry: EngineEntry, manifest: Manifest,
     layer = manifest.kv_cache.layers[int(next(iter(names)).rpartition("_")[2])]
     seen = context + entry.length
     seen = min(seen, layer.window + entry.length - 1) if layer.window else seen
-    return entry.batch * seen * (math.prod(layer.key) + math.prod(layer.value)) * ITEM_BYTES[manifest.kv_cache.dtype]
+    return entry.batch * seen * manifest.kv_cache.token_bytes(layer)
 
 
 def render(found: Profile, ceiling: float, l2_bytes: int) -> str:

@@ -62,7 +62,7 @@ class Windows:
 
 
 def scheme(recipe: Recipe) -> str:
-    """What the numbers are kept in, in words: the dtype, or the groups, as in "W4A16 g32 rtn + W8A16"."""
+    """What the numbers are kept in: the dtype, or the groups, as in "W4A16 g32 rtn + W8A16, int8 KV cache"."""
     words = []
     for group in recipe.quantization.active:
         if group.scheme == "none":
@@ -72,7 +72,8 @@ def scheme(recipe: Recipe) -> str:
             parts += [f"g{group.group_size}" if group.group_size else "per channel", group.algorithm]
             parts += [] if group.symmetric else ["asymmetric"]
         words.append(" ".join(parts))
-    return " + ".join(dict.fromkeys(words)) or recipe.model.dtype
+    weights, cache = " + ".join(dict.fromkeys(words)) or recipe.model.dtype, recipe.shapes.kv_cache_dtype
+    return weights if cache == "auto" else f"{weights}, {cache} KV cache"
 
 
 def _kept_in(plan: Plan | BuildFacts) -> str:

@@ -106,7 +106,7 @@ class Oracle:
         for name, graph in graphs.items():
             run_passes(graph, passes, self.plan.contexts[name])
         context = self.plan.contexts[case.pair.decode]
-        cache = KVCache(context.block_size, context.num_blocks, context.max_blocks, self.plan.recipe.model.dtype, ())
+        cache = KVCache(context.block_size, context.num_blocks, context.max_blocks, self.plan.cache_dtype, ())
         group = EagerGroup(graphs, self.load)
         sequences = [self.tokens.sequences[i] for i in case.sequences]
         prompts = [self.tokens.prompts[i] for i in case.sequences]

@@ -122,7 +122,7 @@ def build(
         if facts.lossy and recipe.gate.accuracy_tokens != 0:
             with clock("accuracy"):
                 measured = stages.accuracy(
-                    root, lambda: _accuracy(facts, workshop(), listed(root, manifest), root, tokenizer)
+                    root, lambda: _accuracy(facts, workshop(), listed(root, manifest), root, tokenizer, progress)
                 )
             gate = {**gate, "accuracy": summary(measured)} if measured else gate
         if recipe.gate.task:
@@ -222,30 +222,50 @@ def _fail(workshop: Workshop, tokens: GateTokens, result: GateResult, progress: 
         why = f"the search for the pass failed too: {type(error).__name__}: {str(error)[:200]}"
     engine, what = result.failures[0]
     more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
+    worst = _worst_layers(workshop, tokens, progress)
     raise GateError(
-        f"the numeric gate failed: engine {engine}: {what}{more}", why,
+        f"the numeric gate failed: engine {engine}: {what}{more}", f"{why}{worst}",
         "the old artifact is untouched; skip or mend the pass, or change gate.budgets if this loss is meant",
     )  # fmt: skip
 
 
 def _accuracy(
-    facts: BuildFacts, workshop: Workshop, manifest: Manifest, root: Path, tokenizer: Path | None
+    facts: BuildFacts, workshop: Workshop, manifest: Manifest, root: Path, tokenizer: Path | None, progress: Progress
 ) -> dict[str, Any]:
     """Measure what was lost; the accuracy report. Raises GateError where it is more than the budgets."""
     from . import accuracy
+    from .gate import plan_tokens
 
     windows = accuracy.accuracy_windows(facts, tokenizer, manifest.model.parameters)
     if not windows.positions:
         return {}
     measured = accuracy.measure(facts, workshop.weights.load, root, manifest, windows)
     if missed := accuracy.shortfalls(facts.recipe, measured, bool(facts.kept_activations)):
+        worst = _worst_layers(workshop, plan_tokens(facts, tokenizer), progress)
         raise GateError(
             f"the accuracy falls short: {'; '.join(missed)}",
-            f"measured on {measured['positions']} tokens of {measured['text']}, scheme {measured['scheme']}",
-            "use a more exact scheme, quantize fewer weights (quantization.ignore), or change gate.budgets if this loss"
-            " is meant",
+            f"measured on {measured['positions']} tokens of {measured['text']}, scheme {measured['scheme']}{worst}",
+            "use a more exact scheme, leave the worst layers out (quantization.ignore), or change gate.budgets if this"
+            " loss is meant",
         )
     return measured
+
+
+def _worst_layers(workshop: Workshop, tokens: GateTokens, progress: Progress) -> str:
+    """The quantized layers that are off the most, in words; empty where none is quantized."""
+    from .layer_error import worst_layers
+    from .pipelines import select
+
+    try:
+        plan = workshop.plan()
+        if not plan.recipe.quantization.active:
+            return ""
+        progress.update("measuring the layers")
+        chosen = select(plan.recipe.passes.skip, workshop.passes)
+        layers = worst_layers(plan, workshop.weights.load, tokens.sequences[-1], chosen)
+    except Exception as error:  # noqa: BLE001 - as in the search for the pass
+        return f"; measuring the layers failed too: {type(error).__name__}: {str(error)[:200]}"
+    return f"; the layers that are off the most: {', '.join(map(str, layers[:5]))}"
 
 
 def _judge_task(task: dict[str, Any]) -> None:

@@ -85,6 +85,11 @@ class BuildFacts:
         return tuple(CacheLayer(tuple(x["key"]), tuple(x["value"]), x["window"]) for x in layers)
 
     @property
+    def cache_dtype(self) -> str:
+        """What keys and values are kept in."""
+        return next(buffer.dtype for buffer in self.first.inputs if buffer.name == "k_cache_0")
+
+    @property
     def lossy(self) -> bool:
         """Whether the artifact can differ from float32 by more than the order of additions."""
         records = (record for known in self.engines.values() for record in known.records)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..artifacts.manifest import Manifest
+from ..passes.quantize.schemes import SCHEMES
 from .facts import BuildFacts
 from .lean_child import run_child
 from .metrics import Distance, Fidelity, compare
@@ -65,6 +66,10 @@ class Budget:
         return missed
 
 
+# By the bits of a weight or of the KV cache; the fewest decide.
+_LOSSY = {8: Budget(mean_kl=0.005, top1=0.97), 4: Budget(mean_kl=0.05, top1=0.90)}
+
+
 def _at_least(share: float, count: int) -> float:
     """The smallest share among `count` that is no evidence of being worse: two standard errors and one less."""
     return share - 2 * (share * (1 - share) / count) ** 0.5 - 1 / count
@@ -78,8 +83,10 @@ def budget_for(recipe: Recipe, activations: bool = False) -> Budget:
             the same, made dense.
     """
     asked = recipe.gate.budgets
-    if recipe.quantization.active or activations:
-        base = Budget(mean_kl=0.005, top1=0.97)
+    bits = [SCHEMES[scheme].bits for scheme in recipe.quantization.schemes]
+    bits += [8] if activations or recipe.shapes.kv_cache_dtype != "auto" else []
+    if bits:
+        base = _LOSSY[min(bits)]
     elif recipe.model.dtype == "float32":
         base = Budget(max_relative_error=1e-4)
     else:
@@ -252,7 +259,7 @@ def eager_logits(
 
     What rounding alone does to the model: an engine that is as close to float32 as this is as good as it can be.
     """
-    if recipe.model.dtype == "float32" or recipe.quantization.active:
+    if recipe.model.dtype == "float32" or recipe.quantization.active or recipe.shapes.kv_cache_dtype != "auto":
         return None
     model = ReferenceModel(config, recipe.model.dtype, load, recipe.target.device)
     return model.logits(tokens.sequences, tokens.firsts)

@@ -26,6 +26,7 @@ from ..passes.plan.pack_weights import PackWeights
 from ..passes.plan.sample import SampleTokens
 from ..passes.plan.static_buffers import PlanStaticBuffers
 from ..passes.quantize.keep import KeepQuantized
+from ..passes.quantize.kv_cache import QuantizeKVCache
 from ..passes.quantize.weights import QuantizeWeights
 
 # Clean up: one spelling for one meaning.
@@ -48,6 +49,7 @@ PIPELINE: tuple[GraphPass, ...] = (
     GatherLastToken(),
     # cache: from a function of a whole sequence to one step over a paged cache
     InsertKVCache(),
+    QuantizeKVCache(),
     FuseAttentionStep(),
     SampleTokens(),
     # quantize: what the checkpoint holds so, and what the recipe says

@@ -18,7 +18,7 @@ from ..passes.base import Context, GraphPass
 from ..passes.graph import TracedGraph
 from ..passes.instruments import DumpIR, PassRecord, Recorder
 from ..passes.manager import Instrument, run_passes
-from .backends.aoti import output_buffers
+from .backends.aoti import input_buffers, output_buffers
 from .config_check import check_length, check_memory, read_config
 from .console import Progress
 from .facts import kept_formats
@@ -61,6 +61,12 @@ class Plan:
         return kept_formats((r.facts for records in self.records.values() for r in records), "activations")
 
     @property
+    def cache_dtype(self) -> str:
+        """What keys and values are kept in."""
+        graph = next(iter(self.graphs.values()))
+        return next(b.dtype for b in input_buffers(graph) if b.name == "k_cache_0")
+
+    @property
     def vocabulary(self) -> int:
         """Logits per token: what the config calls vocab_size, as the graphs have it."""
         return output_buffers(next(iter(self.graphs.values())))[1].shape[1]
@@ -74,7 +80,8 @@ def context_for(recipe: Recipe, shape: EngineShape, foreign: ForeignWeights | No
     return Context(
         phase=shape.phase, batch=shape.batch, length=shape.length, device=recipe.target.device,
         max_length=recipe.model.max_length, block_size=block, num_blocks=-(-tokens // block) + 1, max_blocks=max_blocks,
-        quantization=groups_of(recipe.quantization), held=foreign.held if foreign else {},
+        quantization=groups_of(recipe.quantization), kv_cache_dtype=recipe.shapes.kv_cache_dtype,
+        held=foreign.held if foreign else {},
         made_dense=foreign.made_dense if foreign else {},
     )  # fmt: skip
 

@@ -8,7 +8,10 @@ from typing import Any
 from ..artifacts.errors import UnsupportedModelError, UsageError
 from ..passes.base import QuantizationGroup
 from ..passes.instruments import PassRecord
+from ..passes.quantize.kv_cache import CACHE_DTYPES
 from ..passes.quantize.schemes import SCHEMES
+from ..passes.quantize.weights import QuantizeWeights
+from ..runtime.ops.cuda.attention_operands import CACHE_DTYPES as CUDA_CACHE_DTYPES
 from ..runtime.ops.cuda.linear_problem import FORMATS as CUDA_FORMATS
 from .foreign.weights import ForeignWeights
 from .recipe import Recipe
@@ -35,6 +38,13 @@ def check_target(recipe: Recipe) -> None:
                 f"target.device is {device!r}, whose schemes are: {', '.join(['none', *known])}",
                 f"--set quantization.scheme={known[0] if known else 'none'}, or --set target.device=cpu",
             )
+    kept = recipe.shapes.kv_cache_dtype
+    if device == "cuda" and kept != "auto" and str(CACHE_DTYPES[kept]).removeprefix("torch.") not in CUDA_CACHE_DTYPES:
+        raise UsageError(
+            f"shapes.kv_cache_dtype {kept!r} has no kernel for cuda",
+            "target.device is 'cuda', which keeps keys and values in the model's dtype",
+            "--set shapes.kv_cache_dtype=auto, or --set target.device=cpu",
+        )
     if not recipe.quantization.active and recipe.quantization.ignore:
         raise UsageError(
             "quantization.ignore has no effect", 'quantization.scheme is "none"', "set a scheme, or drop it"
@@ -61,7 +71,7 @@ def check_shapes(recipe: Recipe, records: Mapping[str, Sequence[PassRecord]]) ->
     if not asked.active:
         return
     for engine, passes in records.items():
-        lossy = [record for record in passes if not record.exact]
+        lossy = [record for record in passes if record.name == QuantizeWeights.name]
         for record in lossy:
             if unfit := record.facts.get("indivisible"):
                 raise _indivisible(unfit)  # type: ignore[arg-type]

@@ -42,6 +42,7 @@ class Shapes:
     prefill_lengths: tuple[int, ...] = integers((128,), 1, 1 << 20, most=16)
     kv_block_size: int = integer(16, 1, 256)
     kv_cache_tokens: int = integer(0, 0, MAX_CACHE_TOKENS)
+    kv_cache_dtype: Literal["auto", "fp8", "int8"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def draft_manifest(facts: BuildFacts, weights_digest: str) -> Manifest:
     if recipe.target.device == "cuda":
         toolchain = {**toolchain, "triton": found["triton"]}
     cache = KVCache(
-        context["block_size"], context["num_blocks"], context["max_blocks"], recipe.model.dtype, layers
+        context["block_size"], context["num_blocks"], context["max_blocks"], facts.cache_dtype, layers
     )  # fmt: skip
     record = {**recipe.to_dict(), "weights_digest": weights_digest}
     return Manifest(

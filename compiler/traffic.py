@@ -71,8 +71,7 @@ def cache_bytes(cache: KVCache, contexts: Sequence[int]) -> int:
         return 0
     total = 0
     for layer in cache.layers:
-        token = (math.prod(layer.key) + math.prod(layer.value)) * ITEM_BYTES[cache.dtype]
-        total += token * sum(min(c, layer.window) if layer.window else c for c in contexts)
+        total += cache.token_bytes(layer) * sum(min(c, layer.window) if layer.window else c for c in contexts)
     return round(total / len(contexts))
 
 

@@ -39,6 +39,7 @@ class Context:
         quantization: the groups of weights to be quantized.
         held: weights that the checkpoint holds quantized, by their names in the model; made_dense: those of them that
             no op reads quantized, each with what it is.
+        kv_cache_dtype: "auto" for that of the activations, or "fp8" or "int8".
     """
 
     phase: str
@@ -52,6 +53,7 @@ class Context:
     quantization: tuple[QuantizationGroup, ...] = ()
     held: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     made_dense: Mapping[str, str] = field(default_factory=dict)
+    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ C_SHIMS: dict[str, list[str]] = {
     "paged_attention": [
         "AOTITorchError aoti_torch_cpu_paged_attention(AtenTensorHandle q, AtenTensorHandle k_cache, "
         "AtenTensorHandle v_cache, AtenTensorHandle block_tables, AtenTensorHandle positions, double scale, "
-        "int64_t window, double softcap, AtenTensorHandle* sinks, AtenTensorHandle* ret)"
+        "int64_t window, double softcap, AtenTensorHandle* sinks, AtenTensorHandle* k_scale, "
+        "AtenTensorHandle* v_scale, AtenTensorHandle* ret)"
     ],
     "sample": [
         "AOTITorchError aoti_torch_cpu_sample(AtenTensorHandle logits, AtenTensorHandle temperature, "

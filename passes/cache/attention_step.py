@@ -39,7 +39,7 @@ class FuseAttentionStep:
             return outcome
         writes = {operands(n)[0]: n for n in traced.graph.nodes if is_call(n, overload("cache_write"))}
         for node in [n for n in traced.graph.nodes if is_call(n, overload("paged_attention"))]:
-            q, k_cache, v_cache, tables, positions, scale, window, softcap, sinks = operands(node)
+            q, k_cache, v_cache, tables, positions, scale, window, softcap, sinks, *kv_scales = operands(node)
             if k_cache not in writes or v_cache not in writes:
                 outcome.miss(node.name, "its keys and values are written elsewhere")
                 continue
@@ -53,7 +53,7 @@ class FuseAttentionStep:
                 new = emit(
                     traced.graph, overload("attention_step"), q, k, v, k_cache, v_cache, tables, positions, cos, sin,
                     q_norm.weight if q_norm else None, k_norm.weight if k_norm else None, sinks, *options, scale,
-                    window, softcap, source=source_of(node),
+                    window, softcap, *kv_scales, source=source_of(node),
                 )  # fmt: skip
             replace(node, new)
             for cache in (k_cache, v_cache):

@@ -47,8 +47,8 @@ class InsertKVCache:
             source = source_of(node)
             with graph.inserting_before(node):
                 for cache, x in zip(caches, (k, v)):
-                    emit(graph, overload("cache_write"), cache, x, slots, source=source)
-                where = (tables, positions, scale, window, softcap, sinks)
+                    emit(graph, overload("cache_write"), cache, x, slots, None, source=source)
+                where = (tables, positions, scale, window, softcap, sinks, None, None)
                 new = emit(graph, overload("paged_attention"), q, *caches, *where, source=source)
             replace(node, new)
             facts.append({"key": list(shape_of(k)[1::2]), "value": list(shape_of(v)[1::2]), "window": window})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...artifacts.errors import VerificationError
 from ...artifacts.manifest import Buffer, EngineEntry, Manifest
+from .plan_layout import cache_buffers
 
 # What an engine may give besides what it must: the logit of each sampled token, [batch] float32.
 OPTIONAL = "sampled_logits"
@@ -24,10 +25,7 @@ def expected_buffers(entry: EngineEntry, manifest: Manifest) -> tuple[set[Buffer
     }
     if length > 1:
         inputs.add(Buffer("last_index", (batch,), "int64"))
-    for index, layer in enumerate(cache.layers):
-        for kind, (heads, dim) in (("k", layer.key), ("v", layer.value)):
-            shape = (cache.num_blocks, cache.block_size, heads, dim)
-            inputs.add(Buffer(f"{kind}_cache_{index}", shape, cache.dtype))
+    inputs.update(cache_buffers(cache, cache.num_blocks))
     outputs = {
         Buffer("next_tokens", (batch,), "int64"),
         Buffer("logits", (batch, manifest.model.vocab_size), "float32"),

@@ -78,9 +78,12 @@ def engine_memory_bytes(inputs: Iterable[Buffer], outputs: Iterable[Buffer], are
 
 
 def cache_buffers(cache: KVCache, num_blocks: int) -> tuple[Buffer, ...]:
-    """Keys and values of every layer as buffers of `num_blocks` blocks."""
-    return tuple(
-        Buffer(f"{kind}_cache_{index}", (num_blocks, cache.block_size, heads, dim), cache.dtype)
-        for index, layer in enumerate(cache.layers)
-        for kind, (heads, dim) in (("k", layer.key), ("v", layer.value))
-    )
+    """Keys and values of every layer as buffers of `num_blocks` blocks; of a quantized cache also their scales."""
+    made = []
+    for index, layer in enumerate(cache.layers):
+        for kind, (heads, dim) in (("k", layer.key), ("v", layer.value)):
+            tokens = (num_blocks, cache.block_size, heads)
+            made.append(Buffer(f"{kind}_cache_{index}", (*tokens, dim), cache.dtype))
+            if cache.scaled:
+                made.append(Buffer(f"{kind}_scale_cache_{index}", tokens, "float32"))
+    return tuple(made)

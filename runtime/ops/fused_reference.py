@@ -79,6 +79,8 @@ def attention_step(
     scale: float,
     window: int,
     softcap: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:
     """All of a decode step's attention: norms of q and k, RoPE, cache write, attention over the paged cache.
 
@@ -90,6 +92,7 @@ def attention_step(
             [batch, 1, 1, head_dim], or both whole tables, [length, head_dim], whose row max(position, 0) is used.
         q_norm, k_norm: [head_dim] weights of an RMSNorm over each head before RoPE, or None; eps, offset,
             narrow_first as in `rms_norm`. scale, window, softcap, sinks as in `reference.paged_attention`.
+        k_scale, v_scale: of quantized caches, as in `reference.cache_write`; written.
 
     Returns:
         [batch, 1, heads, v_dim] in q's dtype, contiguous; zeros for padding rows.
@@ -103,10 +106,10 @@ def attention_step(
             cos, sin = (torch.nn.functional.embedding(positions.clamp(0), x).unsqueeze(1) for x in (cos, sin))
         q, k = reference.rotate_half(q, cos, sin), reference.rotate_half(k, cos, sin)
     slots = reference.cache_slots(block_tables, positions, k_cache.shape[1])
-    reference.cache_write(k_cache, k, slots)
-    reference.cache_write(v_cache, v, slots)
+    reference.cache_write(k_cache, k, slots, k_scale)
+    reference.cache_write(v_cache, v, slots, v_scale)
     return reference.paged_attention(
-        q, k_cache, v_cache, block_tables, positions, scale, window, softcap, sinks
+        q, k_cache, v_cache, block_tables, positions, scale, window, softcap, sinks, k_scale, v_scale
     ).contiguous()
 
 

@@ -31,7 +31,8 @@ def pack_nibbles(values: Tensor) -> Tensor:
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """uint8 [..., k / 2] as values 0..15, uint8 [..., k]."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+    shifts = torch.arange(0, 8, 4, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> shifts & 15).flatten(-2)
 
 
 def in_halves(packed: Tensor) -> Tensor:

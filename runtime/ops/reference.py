@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .quantized import quantize_rows
+
 _GOLDEN = 0x9E3779B9
 _MASK32 = 0xFFFFFFFF
 
@@ -72,12 +74,16 @@ def paged_attention(
     window: int,
     softcap: float,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention over a paged KV cache that already holds the present tokens.
 
     Args:
         q: [batch, heads, length, head_dim].
         k_cache: [blocks, block_size, kv_heads, head_dim]; v_cache: [blocks, block_size, kv_heads, v_dim].
+        k_scale, v_scale: [blocks, block_size, kv_heads] float32 for caches of int8 or float8_e4m3fn, which hold
+            key / scale and value / scale; both or neither.
         block_tables: [batch, max_blocks] int32, the blocks of each row in order.
         positions: [batch, length] int64; -1 marks padding, whose result is zero.
 
@@ -86,8 +92,10 @@ def paged_attention(
     """
     batch, blocks = block_tables.shape
     table = block_tables.reshape(-1).long()
-    k = k_cache[table].reshape(batch, blocks * k_cache.shape[1], *k_cache.shape[2:]).transpose(1, 2)
-    v = v_cache[table].reshape(batch, blocks * v_cache.shape[1], *v_cache.shape[2:]).transpose(1, 2)
+    k, v = (
+        _held(cache, scale, table).reshape(batch, blocks * cache.shape[1], *cache.shape[2:]).transpose(1, 2)
+        for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
+    )
     index = torch.arange(k.shape[2], device=q.device)
     visible = index[None, None, :] <= positions[:, :, None]
     if window:
@@ -99,6 +107,11 @@ def paged_attention(
     return out.masked_fill((positions < 0)[:, :, None, None], 0)
 
 
+def _held(cache: Tensor, scale: Tensor | None, table: Tensor) -> Tensor:
+    """Blocks of a cache, in float32 where they are quantized."""
+    return cache[table] if scale is None else cache[table].float() * scale[table][..., None]
+
+
 def cache_slots(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
     """Slot of every token in the flattened cache, [batch * length] int64; padding (-1) goes to the null block."""
     known = positions.clamp(min=0)
@@ -107,9 +120,18 @@ def cache_slots(block_tables: Tensor, positions: Tensor, block_size: int) -> Ten
     return torch.where(positions >= 0, slots, 0).reshape(-1)
 
 
-def cache_write(cache: Tensor, x: Tensor, slots: Tensor) -> None:
-    """Write x [batch, kv_heads, length, dim] into cache [blocks, block_size, kv_heads, dim] at `slots`, in place."""
+def cache_write(cache: Tensor, x: Tensor, slots: Tensor, scale: Tensor | None = None) -> None:
+    """Write x [batch, kv_heads, length, dim] into cache [blocks, block_size, kv_heads, dim] at `slots`, in place.
+
+    Args:
+        scale: [blocks, block_size, kv_heads] float32 for a cache of int8 or float8_e4m3fn, written as well: each
+            token's head is quantized by its own scale, as in `quantized.quantize_rows`.
+    """
     rows = x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    if scale is not None:
+        rows, factors = quantize_rows(rows, "int8" if cache.dtype == torch.int8 else "fp8")
+        scale.view(-1, scale.shape[2]).index_put_((slots,), factors[..., 0])
+        rows = rows.to(cache.dtype)
     cache.view(-1, *cache.shape[2:]).index_put_((slots,), rows)
 
 

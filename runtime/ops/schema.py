@@ -39,9 +39,9 @@ _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
     ),
     "paged_attention": (
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor positions, float scale, int window, "
-        "float softcap, Tensor? sinks) -> Tensor",
+        "float softcap, Tensor? sinks, Tensor? k_scale, Tensor? v_scale) -> Tensor",
         reference.paged_attention,
-        lambda q, k_cache, v_cache, tables, positions, scale, window, softcap, sinks: _attention_shape(q, v_cache),
+        lambda q, k_cache, v_cache, *rest: _attention_shape(q, v_cache),
     ),
     "cache_slots": (
         "(Tensor block_tables, Tensor positions, int block_size) -> Tensor",
@@ -49,9 +49,9 @@ _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
         lambda block_tables, positions, block_size: positions.new_empty(positions.numel()),
     ),
     "cache_write": (
-        "(Tensor(a!) cache, Tensor x, Tensor slots) -> ()",
+        "(Tensor(a!) cache, Tensor x, Tensor slots, Tensor(b!)? scale) -> ()",
         reference.cache_write,
-        lambda cache, x, slots: None,
+        lambda cache, x, slots, scale: None,
     ),
     "linear_dense": (
         "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
@@ -120,7 +120,8 @@ _OPS: dict[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
     "attention_step": (
         "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_tables, Tensor positions, "
         "Tensor? cos, Tensor? sin, Tensor? q_norm, Tensor? k_norm, Tensor? sinks, float eps, float offset, "
-        "bool narrow_first, float scale, int window, float softcap) -> Tensor",
+        "bool narrow_first, float scale, int window, float softcap, Tensor(c!)? k_scale, Tensor(d!)? v_scale)"
+        " -> Tensor",
         fused_reference.attention_step,
         lambda q, k, v, k_cache, v_cache, *rest: _attention_shape(q, v_cache),
     ),

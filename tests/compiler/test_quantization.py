@@ -30,8 +30,14 @@ from ingot.compiler.trace import trace
 from ingot.passes.graph import TracedGraph, copy_graph
 from ingot.passes.manager import run_passes
 from ingot.passes.quantize.schemes import SCHEMES
+from ingot.runtime.ops.cuda.attention_operands import CACHE_DTYPES as CUDA_CACHE_DTYPES
 
 TOKENS = [[(7 * i) % 120 + 3 for i in range(16)]]
+
+
+def stored(traced: TracedGraph) -> set[str]:
+    """Names of the graph's weights, whatever layout the target has put them in."""
+    return {name.removesuffix("__packed") for name in traced.weights.entries}
 
 
 class Family:
@@ -79,7 +85,7 @@ def check(family: Family, scheme: str) -> None:
     traced, distance = family.distance(scheme=scheme, group_size=32, targets=("Linear", "Embedding"))
     assert distance.finite
     assert 0 < distance.mean_kl < (1.0 if SCHEMES[scheme].bits == 4 else 0.01)
-    assert any(name.endswith(f"__{SCHEMES[scheme].format}") for name in traced.weights.entries)
+    assert any(name.endswith(f"__{SCHEMES[scheme].format}") for name in stored(traced))
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
@@ -93,6 +99,14 @@ def test_other_families(family: Callable[[str], Family], name: str) -> None:
     check(family(name), "W4A16")
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantized_cache(family: Callable[[str], Family], kind: Any) -> None:
+    subject = family("llama")
+    shapes = dataclasses.replace(subject.recipe.shapes, kv_cache_dtype=kind)
+    found = subject.logits(dataclasses.replace(subject.recipe, shapes=shapes))[1]
+    assert 0 < compare([subject.plain], [found]).mean_kl < 0.01
+
+
 def test_groups_mix_and_what_is_merged_agrees(family: Callable[[str], Family]) -> None:
     groups = (
         Group("W8A16", ("Embedding", "re:v_proj")), Group("none", ("re:layers[.]1[.]",)), Group("W4A16", group_size=32),
@@ -103,7 +117,7 @@ def test_groups_mix_and_what_is_merged_agrees(family: Callable[[str], Family]) -
     assert {
         f"{first}q_proj__weight__and__k_proj__int4", f"{first}v_proj__weight__int8",
         f"{second}q_proj__weight__and__k_proj", f"{second}v_proj__weight__int8",
-    } <= set(traced.weights.entries)  # fmt: skip
+    } <= stored(traced)  # fmt: skip
 
 
 def refused(recipe: Recipe) -> UsageError:
@@ -125,6 +139,16 @@ def test_a_scheme_without_a_kernel_is_refused_with_those_that_fit(
     assert "'W8A8' has no kernel for cuda" in error.what
     assert error.why.endswith(", ".join(["none", *known]))
     assert fitting("cpu") == list(SCHEMES)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_cache_without_a_kernel_is_refused(family: Callable[[str], Family], kind: Any) -> None:
+    if {"int8": "int8", "fp8": "float8_e4m3fn"}[kind] in CUDA_CACHE_DTYPES:
+        pytest.skip("there is a kernel")
+    recipe = family("llama").recipe
+    shapes = dataclasses.replace(recipe.shapes, kv_cache_dtype=kind)
+    error = refused(dataclasses.replace(recipe, shapes=shapes, target=Target("cuda")))
+    assert f"shapes.kv_cache_dtype {kind!r} has no kernel for cuda" in error.what
 
 
 def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does(family: Callable[[str], Family]) -> None:

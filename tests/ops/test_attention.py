@@ -52,10 +52,12 @@ def case(batch, heads, kv_heads, length, dim, v_dim, size, positions, dtype=torc
     return q, *caches, tables, positions
 
 
-def check(kernels, inputs, scale=None, window=0, softcap=0.0, sinks=None):
+def check(kernels, inputs, scale=None, window=0, softcap=0.0, sinks=None, scales=(None, None), exact=None):
     scale = scale or 1 / math.sqrt(inputs[0].shape[-1])
-    result = kernels.call("paged_attention", *inputs, scale, window, softcap, None if sinks is None else (sinks,))
-    q, k_cache, v_cache, tables, positions = inputs
+    result = kernels.call(
+        "paged_attention", *inputs, scale, window, softcap, None if sinks is None else (sinks,), *scales
+    )
+    q, k_cache, v_cache, tables, positions = exact or inputs
     exact = oracle(q, k_cache, v_cache, tables, positions, scale, window, softcap, sinks)
     tolerance = 1e-5 if result.dtype == torch.float32 else torch.finfo(result.dtype).eps
     assert result.shape == exact.shape
@@ -102,16 +104,18 @@ def test_padding_gives_zeros(kernels):
 
 def test_a_row_is_the_same_in_every_batch_and_chunk(kernels):
     inputs = q, k, v, tables, positions = case(3, 8, 2, 48, 32, 32, 16, [list(range(s, s + 48)) for s in (0, 100, 400)])
-    together = kernels.call("paged_attention", *inputs, 0.2, 50, 0.0, None)
+    together = kernels.call("paged_attention", *inputs, 0.2, 50, 0.0, None, None, None)
     for b in range(3):
         for t0, t1 in ((0, 48), (7, 48), (0, 31)):
             part = q[b : b + 1, :, t0:t1], k, v, tables[b : b + 1], positions[b : b + 1, t0:t1]
-            assert torch.equal(kernels.call("paged_attention", *part, 0.2, 50, 0.0, None)[0], together[b, t0:t1])
+            assert torch.equal(
+                kernels.call("paged_attention", *part, 0.2, 50, 0.0, None, None, None)[0], together[b, t0:t1]
+            )
     last = tuple(x[:, :, 47:] if x is q else x[:, 47:] if x is positions else x for x in inputs)
-    decode = kernels.call("paged_attention", *last, 0.2, 0, 0.0, None)
+    decode = kernels.call("paged_attention", *last, 0.2, 0, 0.0, None, None, None)
     for b in range(3):
         alone = last[0][b : b + 1], k, v, tables[b : b + 1], last[4][b : b + 1]
-        assert torch.equal(kernels.call("paged_attention", *alone, 0.2, 0, 0.0, None)[0], decode[b])
+        assert torch.equal(kernels.call("paged_attention", *alone, 0.2, 0, 0.0, None, None, None)[0], decode[b])
 
 
 def test_views_of_the_cache_and_of_q(kernels):
@@ -127,7 +131,7 @@ def test_views_of_the_cache_and_of_q(kernels):
 def test_visible_nan_stays_visible(kernels):
     q, k, v, tables, positions = case(1, 4, 2, 1, 16, 16, 16, [20])
     k[tables[0, 0], 3, 1] = NAN
-    result = kernels.call("paged_attention", q, k, v, tables, positions, 0.25, 0, 0.0, None)
+    result = kernels.call("paged_attention", q, k, v, tables, positions, 0.25, 0, 0.0, None, None, None)
     assert result[0, 0, 2:].isnan().all() and not result[0, 0, :2].isnan().any()
 
 
@@ -152,6 +156,47 @@ def test_a_block_that_does_not_exist_is_refused(kernels):
     q, k, v, tables, positions = case(1, 4, 2, 1, 16, 16, 16, [20])
     tables[0, 1] = len(k)
     with pytest.raises(RuntimeError, match="not a block"):
-        kernels.call("paged_attention", q, k, v, tables, positions, 0.25, 0, 0.0, None)
+        kernels.call("paged_attention", q, k, v, tables, positions, 0.25, 0, 0.0, None, None, None)
     tables[0, 1], tables[0, 2] = 1, 10**6  # beyond the visible part nothing is looked at
-    kernels.call("paged_attention", q, k, v, tables, positions, 0.25, 0, 0.0, None)
+    kernels.call("paged_attention", q, k, v, tables, positions, 0.25, 0, 0.0, None, None, None)
+
+
+def quantized(inputs, dtype):
+    """The inputs with caches of a narrow dtype, their scales, and the inputs with what both stand for."""
+    q, *caches, tables, positions = inputs
+    codes, scales, held = [], [], []
+    for cache in caches:
+        largest = cache.float().abs().amax(-1)
+        scale = torch.where(largest == 0, 1.0, largest / (127 if dtype == torch.int8 else 448))
+        values = cache.float() / scale[..., None]
+        code = (values.round().nan_to_num() if dtype == torch.int8 else values.clamp(-448, 448)).to(dtype)
+        codes.append(code)
+        scales.append(scale)  # NaN where the cache holds nothing
+        held.append(code.float() * scale[..., None])
+    return (q, *codes, tables, positions), tuple((s,) for s in scales), (q, *held, tables, positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("length", [1, 3, 40])
+@pytest.mark.parametrize("dim,v_dim", [(16, 16), (64, 64), (13, 21), (192, 128)])
+def test_quantized_caches(kernels, dtype, length, dim, v_dim):
+    rows = [list(range(300, 300 + length)), list(range(length))]
+    inputs, scales, held = quantized(case(2, 8, 2, length, dim, v_dim, 16, rows), dtype)
+    check(kernels, inputs, scales=scales, exact=held)
+    check(kernels, inputs, window=20, softcap=2.0, sinks=torch.randn(8), scales=scales, exact=held)
+    narrow = (inputs[0].bfloat16(), *inputs[1:])
+    check(kernels, narrow, scales=scales, exact=(narrow[0], *held[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_scales_belong_to_quantized_caches_alone(kernels, dtype):
+    inputs = case(1, 4, 2, 1, 8, 8, 4, [[5]])
+    narrow, scales, _ = quantized(inputs, dtype)
+    bad = (torch.ones(2, 2),)
+    for operands, more, message in (
+        (narrow, (None, None), "needs its scales"),
+        (narrow, (scales[0], bad), "the scales must be"),
+        (inputs, scales, "only a quantized cache has scales"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            kernels.call("paged_attention", *operands, 0.2, 0, 0.0, None, *more)

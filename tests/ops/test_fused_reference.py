@@ -95,7 +95,8 @@ def attention_inputs(dtype: torch.dtype = F32) -> dict[str, Any]:
 def attention_step(inputs: dict[str, Any], **options: Any) -> Tensor:
     defaults: dict[str, Any] = {
         "cos": None, "sin": None, "q_norm": None, "k_norm": None, "sinks": None, "eps": 1e-5, "offset": 0.0,
-        "narrow_first": True, "scale": 0.4, "window": 0, "softcap": 0.0,
+        "narrow_first": True, "scale": 0.4, "window": 0, "softcap": 0.0, "k_scale": None,
+        "v_scale": None,
     }  # fmt: skip
     return fused_reference.attention_step(**inputs, **defaults | options)
 
@@ -164,10 +165,10 @@ def test_a_step_is_the_plain_ops_bit_for_bit(dtype: torch.dtype) -> None:
     found = attention_step(given, cos=cos, sin=sin)
     q, k = (torch.ops.ingot.rotate_half(plain[n], cos, sin) for n in "qk")
     slots = torch.ops.ingot.cache_slots(plain["block_tables"], plain["positions"], 4)
-    torch.ops.ingot.cache_write(plain["k_cache"], k, slots)
-    torch.ops.ingot.cache_write(plain["v_cache"], plain["v"], slots)
+    torch.ops.ingot.cache_write(plain["k_cache"], k, slots, None)
+    torch.ops.ingot.cache_write(plain["v_cache"], plain["v"], slots, None)
     wanted = torch.ops.ingot.paged_attention(
-        q, plain["k_cache"], plain["v_cache"], plain["block_tables"], plain["positions"], 0.4, 0, 0.0, None
+        q, plain["k_cache"], plain["v_cache"], plain["block_tables"], plain["positions"], 0.4, 0, 0.0, None, None, None
     )
     assert torch.equal(found, wanted)
     assert all(torch.equal(given[n], plain[n]) for n in ("k_cache", "v_cache"))
@@ -195,7 +196,7 @@ def test_announced_shapes_are_the_real_ones(activation: str, wide: bool) -> None
 
 def test_a_steps_announced_shape_is_the_real_one() -> None:
     given = attention_inputs()
-    rest = (None, None, None, None, None, 0.0, 0.0, False, 0.4, 0, 0.0)
+    rest: Any = (None, None, None, None, None, 0.0, 0.0, False, 0.4, 0, 0.0, None, None)
     real = overload("attention_step")(*given.values(), *rest)
     announced = overload("attention_step")(*(t.to("meta") for t in given.values()), *rest)
     assert (announced.shape, announced.dtype, announced.stride()) == (real.shape, real.dtype, real.stride())

@@ -199,3 +199,36 @@ def test_rotate_half_is_a_rotation_of_complex_numbers(length: int) -> None:
     turned = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)
     wanted = torch.cat([turned.real, turned.imag], -1)
     torch.testing.assert_close(reference.rotate_half(x, cos, sin), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_quantized_cache_holds_each_head_of_a_token_by_its_own_scale(dtype: torch.dtype) -> None:
+    most = 127 if dtype == torch.int8 else 448
+    cache, scale = torch.zeros(3, 2, 2, 4, dtype=dtype), torch.full((3, 2, 2), -1.0)
+    x = torch.zeros(1, 2, 2, 4)
+    x[0, 0, 0], x[0, 1, 0] = torch.tensor([1.0, -2, 0.5, 0]), torch.tensor([100.0, 50, -25, 7])
+    reference.cache_write(cache, x, torch.tensor([5, 2]), scale)
+    assert scale[2, 1].tolist() == [torch.tensor(2 / most).item(), torch.tensor(100 / most).item()]
+    assert scale[1, 0].tolist() == [1, 1], "a head of zeros"
+    assert (scale == -1).sum() == 8, "no other slot is touched"
+    held = cache.float() * scale[..., None]
+    assert (held[2, 1] - x[0, :, 0]).abs().max() <= 100 / 127 / 2
+    assert held[1, 0].abs().max() == 0 and cache.float().abs().amax() == most
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_attention_over_a_quantized_cache_is_that_over_what_it_stands_for(dtype: torch.dtype) -> None:
+    k, v, q = normal(1, 2, 6, 4), normal(1, 2, 6, 4, seed=1), normal(1, 4, 2, 4, seed=2)
+    tables, slots = torch.tensor([[2, 1]], dtype=torch.int32), torch.tensor([8, 9, 10, 11, 4, 5])
+    codes: list[Tensor] = []
+    scales: list[Tensor] = []
+    plain: list[Tensor] = []
+    for x in (k, v):
+        cache, scale = torch.zeros(4, 4, 2, 4, dtype=dtype), torch.full((4, 4, 2), float("nan"))
+        reference.cache_write(cache, x, slots, scale)
+        codes, scales = [*codes, cache], [*scales, scale]
+        plain.append((cache.float() * scale[..., None]).nan_to_num())
+    at: Any = (tables, torch.tensor([[4, 5]]), 0.5, 0, 0.0, None)
+    found = reference.paged_attention(q, codes[0], codes[1], *at, *scales)
+    assert torch.equal(found, reference.paged_attention(q, plain[0], plain[1], *at))
+    assert found.isfinite().all()

@@ -93,6 +93,7 @@ def arguments(dtype: torch.dtype, strided: bool = False) -> dict[str, tuple[Any,
 
     q, kv = laid_out(normal(2, 4, 3, 8, dtype=dtype)), laid_out(normal(2, 2, 3, 8, dtype=dtype))
     cache, tables = normal(5, 4, 2, 8, dtype=dtype), torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
+    codes, factors = torch.zeros(5, 4, 2, 8, dtype=torch.int8), torch.ones(5, 4, 2)
     positions, sinks = torch.tensor([[0, 1, 2], [4, 5, -1]]), normal(4, dtype=dtype)
     x, w, v = laid_out(normal(2, 3, 8, dtype=dtype)), normal(6, 8, dtype=dtype), normal(8, dtype=dtype)
     part = normal(2, 3, 12, dtype=dtype)[..., 2:10] if strided else x
@@ -100,9 +101,9 @@ def arguments(dtype: torch.dtype, strided: bool = False) -> dict[str, tuple[Any,
     table, row, index = normal(2, 1, 3, 8, dtype=dtype), torch.ones(2), torch.arange(2)
     return {
         "attention": (q, kv, kv, 0, 0.5, 2, 3.0, sinks),
-        "paged_attention": (q, cache, cache, tables, positions, 0.5, 0, 0.0, None),
+        "paged_attention": (q, codes, codes, tables, positions, 0.5, 0, 0.0, None, factors, factors),
         "cache_slots": (tables, positions, 4),
-        "cache_write": (cache, kv, torch.tensor([4, 5, 6, 12, 13, 14])),
+        "cache_write": (codes, kv, torch.tensor([4, 5, 6, 12, 13, 14]), factors),
         "linear_dense": (part, w, normal(6, dtype=dtype)),
         "linear_quantized": (part, int4, scale, zero, None, "int4", [1, 4], "int8"),
         "embedding_quantized": (index[None], int4, scale, None, torch.empty(0, dtype=dtype), "int4", [1, 4]),
@@ -118,7 +119,7 @@ def arguments(dtype: torch.dtype, strided: bool = False) -> dict[str, tuple[Any,
         ),
         "attention_step": (
             q[:, :, :1], kv[:, :, :1], kv[:, :, :1], cache, cache.clone(), tables, positions[:, :1],
-            table[:, :, :1], table[:, :, :1], v, v, sinks, 1e-5, 0.0, True, 0.5, 2, 3.0,
+            table[:, :, :1], table[:, :, :1], v, v, sinks, 1e-5, 0.0, True, 0.5, 2, 3.0, None, None,
         ),
         "sample_with_logit": (normal(2, 9), row, index.int(), row, 0 * row, index, index),
     }  # fmt: skip

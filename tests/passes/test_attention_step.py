@@ -10,6 +10,7 @@ import torch
 from ingot.compiler.evaluate import Evaluator
 from ingot.passes.cache.attention_step import FuseAttentionStep
 from ingot.passes.graph import TracedGraph
+from ingot.passes.quantize.kv_cache import QuantizeKVCache
 from ingot.runtime.ops.schema import overload
 from torch import Tensor, fx
 
@@ -26,6 +27,7 @@ class Layer:
         self.b, self.dtype, self.batch, self.length = Builder(batch, length), dtype, batch, length
         self.tables = self.b.input("block_tables", batch, 8, dtype=torch.int32)
         self.caches = [self.b.input(f"{n}_cache_0", 17, 4, KV_HEADS, DIM, dtype=dtype) for n in "kv"]
+        self.scales: list[fx.Node | None] = [None, None]
         self.cos, self.sin = (self.b.input(n, batch, 1, length, DIM, dtype=dtype) for n in ("cos", "sin"))
         self.slots = self.b.call(overload("cache_slots"), self.tables, self.b.positions, 4)
 
@@ -47,11 +49,12 @@ class Layer:
     def attend(self, q: Any, k: Any, v: Any, sinks: bool = False, write: bool = True) -> TracedGraph:
         """Cache writes and attention with a window of 6 and a soft cap of 20."""
         if write:
-            self.b.call(overload("cache_write"), self.caches[0], k, self.slots)
-        self.b.call(overload("cache_write"), self.caches[1], v, self.slots)
+            self.b.call(overload("cache_write"), self.caches[0], k, self.slots, self.scales[0])
+        self.b.call(overload("cache_write"), self.caches[1], v, self.slots, self.scales[1])
         sink = self.b.weight("sinks", HEADS, dtype=self.dtype) if sinks else None
         positions = self.b.positions
-        out = self.b.call(overload("paged_attention"), q, *self.caches, self.tables, positions, 0.5, 6, 20.0, sink)
+        options = (0.5, 6, 20.0, sink, *self.scales)
+        out = self.b.call(overload("paged_attention"), q, *self.caches, self.tables, positions, *options)
         return self.b.done(out)
 
 
@@ -109,7 +112,7 @@ def test_rope() -> None:
         %1 = aten.transpose(k, 1, 2)
         %2 = aten.transpose(v, 1, 2)
         %3 = ingot.attention_step(%0, %1, %2, k_cache_0, v_cache_0, block_tables, positions, cos, sin, None, None, \
-None, 0.0, 0.0, False, 0.5, 6, 20.0)
+None, 0.0, 0.0, False, 0.5, 6, 20.0, None, None)
         return %3
     """)
 
@@ -121,7 +124,7 @@ def test_norms_and_sinks() -> None:
         %1 = aten.transpose(q, 1, 2)
         %2 = aten.transpose(k, 1, 2)
         %3 = ingot.attention_step(%1, %2, %0, k_cache_0, v_cache_0, block_tables, positions, cos, sin, q_norm, k_norm, \
-sinks, 1e-05, 0.0, True, 0.5, 6, 20.0)
+sinks, 1e-05, 0.0, True, 0.5, 6, 20.0, None, None)
         return %3
     """)
 
@@ -165,7 +168,7 @@ def test_whole_tables_are_looked_up_by_the_op(dtype: torch.dtype) -> None:
         %1 = aten.transpose(k, 1, 2)
         %2 = aten.transpose(v, 1, 2)
         %3 = ingot.attention_step(%0, %1, %2, k_cache_0, v_cache_0, block_tables, positions, cos_table, sin_table, \
-None, None, None, 0.0, 0.0, False, 0.5, 6, 20.0)
+None, None, None, 0.0, 0.0, False, 0.5, 6, 20.0, None, None)
         return %3
     """)
     (wanted, caches), (found, written) = run(before, 0), run(after, 0)
@@ -264,9 +267,21 @@ def test_every_layer() -> None:
     for caches, name in ((layer.caches, "a"), (more, "b")):
         q, k, v = (layer.heads(f"{name}{n}", c) for n, c in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)))
         for cache, x in zip(caches, (layer.turned(k), v)):
-            b.call(overload("cache_write"), cache, x, layer.slots)
+            b.call(overload("cache_write"), cache, x, layer.slots, None)
         call = overload("paged_attention")
-        out = b.call(call, layer.turned(q), *caches, layer.tables, b.positions, 0.5, 0, 0.0, None)
+        out = b.call(call, layer.turned(q), *caches, layer.tables, b.positions, 0.5, 0, 0.0, None, None, None)
     after, outcome = apply(FuseAttentionStep(), b.done(out), CUDA)
     assert outcome.changed == 2 and reasons(outcome) == []
     assert "cache_write" not in text(after)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantized_cache_goes_along(kind: str) -> None:
+    before, _ = apply(QuantizeKVCache(), plain(Layer()), dataclasses.replace(CUDA, kv_cache_dtype=kind))
+    after, outcome = apply(FuseAttentionStep(), before, CUDA)
+    assert outcome.changed == 1
+    assert text(after).endswith("0.5, 6, 20.0, k_scale_cache_0, v_scale_cache_0)\nreturn %3")
+    (wanted, caches), (found, written) = run(before, 0), run(after, 0)
+    assert torch.equal(found, wanted)
+    assert set(caches) == {"k_cache_0", "v_cache_0", "k_scale_cache_0", "v_scale_cache_0"}
+    assert all(torch.equal(written[name].view(torch.uint8), cache.view(torch.uint8)) for name, cache in caches.items())

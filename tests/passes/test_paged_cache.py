@@ -58,9 +58,9 @@ def test_before_and_after() -> None:
         %0 = ingot.cache_slots(block_tables, positions, 4)
         %1 = aten.clamp(positions, 0)
         %2 = aten.embedding(wpe, %1)
-        %3 = ingot.cache_write(k_cache_0, k, %0)
-        %4 = ingot.cache_write(v_cache_0, v, %0)
-        %5 = ingot.paged_attention(q, k_cache_0, v_cache_0, block_tables, positions, 0.5, 7, 30.0, sinks)
+        %3 = ingot.cache_write(k_cache_0, k, %0, None)
+        %4 = ingot.cache_write(v_cache_0, v, %0, None)
+        %5 = ingot.paged_attention(q, k_cache_0, v_cache_0, block_tables, positions, 0.5, 7, 30.0, sinks, None, None)
         %6 = aten.unsqueeze(%2, 2)
         %7 = aten.add(%5, %6)
         return %7

@@ -74,11 +74,13 @@ void run_spans(const Call& c, int64_t longest, int64_t bytes) {
     const auto [first, last] = union_of_rows(rows[0]);
     const int64_t from = std::max(first, span * kSpan), to = std::min(last, (span + 1) * kSpan);
     for (int64_t base = from / kKeys * kKeys; base < to; base += kKeys) {
-      if (one_token(c)) {
-        attend_together<T>(c, b, h0, heads, rows, base, from, to);
-      } else {
-        for (int64_t h = h0; h < h1; ++h) attend<T>(c, b, h, rows[h - h0], base, from, to);
+      if constexpr (!kScaled<T>) {
+        if (one_token(c)) {
+          attend_together<T>(c, b, h0, heads, rows, base, from, to);
+          continue;
+        }
       }
+      for (int64_t h = h0; h < h1; ++h) attend<T>(c, b, h, rows[h - h0], base, from, to);
     }
     for (int64_t h = h0; h < h1; ++h) {
       const Rows& done = rows[h - h0];
@@ -164,15 +166,25 @@ const float* float_sinks(const View& sinks, int64_t heads) {
   return out;
 }
 
+const float* scales(AtenTensorHandle* handle, const View& cache) {
+  require(handle != nullptr, "a quantized cache needs its scales");
+  const View view(*handle);
+  require(view.dtype == kFloat32 && view.dim == 3 && view.contiguous() && std::equal(view.sizes, view.sizes + 3, cache.sizes),
+          "the scales must be float32 [blocks, block_size, kv_heads]");
+  return view.as<float>();
+}
+
 bool floating(int32_t dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
 
 void paged_attention(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle tables,
                      AtenTensorHandle positions, double scale, int64_t window, double softcap, AtenTensorHandle* sinks,
-                     AtenTensorHandle* ret) {
+                     AtenTensorHandle* k_scale, AtenTensorHandle* v_scale, AtenTensorHandle* ret) {
   Call c{View(q), View(k), View(v), View(tables), View(positions)};
   require(c.q.dim == 4 && c.k.dim == 4 && c.v.dim == 4 && c.tables.dim == 2 && c.positions.dim == 2,
           "q and the caches must have 4 dimensions, block_tables and positions 2");
-  require(floating(c.q.dtype) && floating(c.k.dtype) && c.k.dtype == c.v.dtype, "q and the caches must be floating point");
+  const bool scaled = c.k.dtype == kInt8 || c.k.dtype == kFloat8E4M3;
+  require(floating(c.q.dtype) && (scaled || floating(c.k.dtype)) && c.k.dtype == c.v.dtype,
+          "q must be floating point, the caches too, or both int8 or float8_e4m3fn");
   require(c.tables.dtype == kInt32 && c.positions.dtype == kInt64, "block_tables must be int32, positions int64");
   c.batch = c.q.sizes[0];
   c.heads = c.q.sizes[1];
@@ -191,6 +203,12 @@ void paged_attention(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v,
           "block_tables and positions do not fit q");
   require((c.q.strides[3] == 1 || c.dim == 1) && (c.k.strides[3] == 1 || c.dim == 1) && (c.v.strides[3] == 1 || c.v_dim == 1),
           "the last dimension of q and of the caches must be contiguous");
+  if (scaled) {
+    c.k_scale = scales(k_scale, c.k);
+    c.v_scale = scales(v_scale, c.v);
+  } else {
+    require(!k_scale && !v_scale, "only a quantized cache has scales");
+  }
   c.scale = float(scale);
   c.softcap = float(softcap);
   c.window = window;
@@ -200,6 +218,8 @@ void paged_attention(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v,
   c.out = View(*ret).data;
   if (c.k.dtype == kFloat32) dispatch<float>(c);
   else if (c.k.dtype == kBFloat16) dispatch<bfloat16>(c);
+  else if (c.k.dtype == kInt8) dispatch<int8_t>(c);
+  else if (c.k.dtype == kFloat8E4M3) dispatch<float8>(c);
   else dispatch<float16>(c);
 }
 
@@ -209,8 +229,9 @@ void paged_attention(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v,
 extern "C" INGOT_API AOTITorchError aoti_torch_cpu_paged_attention(
     AtenTensorHandle q, AtenTensorHandle k_cache, AtenTensorHandle v_cache, AtenTensorHandle block_tables,
     AtenTensorHandle positions, double scale, int64_t window, double softcap, AtenTensorHandle* sinks,
-    AtenTensorHandle* ret) {
+    AtenTensorHandle* k_scale, AtenTensorHandle* v_scale, AtenTensorHandle* ret) {
   return ingot::guarded("paged_attention", [&] {
-    ingot::paged_attention(q, k_cache, v_cache, block_tables, positions, scale, window, softcap, sinks, ret);
+    ingot::paged_attention(q, k_cache, v_cache, block_tables, positions, scale, window, softcap, sinks, k_scale, v_scale,
+                           ret);
   });
 }

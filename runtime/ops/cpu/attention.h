@@ -19,8 +19,13 @@ constexpr int64_t kMaxRows = 128;   // query rows (positions x heads of the grou
 constexpr int64_t kDirectRows = 4;  // up to here keys and values are converted in registers, not into a tile
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// A quantized cache: its elements are codes, with a scale for each token and KV head beside them.
+template <class T>
+constexpr bool kScaled = sizeof(T) == 1;
+
 struct Call {
   View q, k, v, tables, positions;
+  const float *k_scale = nullptr, *v_scale = nullptr;  // [blocks, block_size, kv_heads], of quantized caches
   const float* sinks = nullptr;  // [heads] or null
   float scale = 1, softcap = 0;
   int64_t window = 0;
@@ -42,6 +47,10 @@ struct Call {
   template <class T>
   const T* value(int64_t b, int64_t p) const {
     return v.as<T>() + block(b, p / block_size) * v.strides[0] + p % block_size * v.strides[1];
+  }
+  // Where the scales of KV head 0 at a position of row b lie.
+  int64_t scale_index(int64_t b, int64_t p) const {
+    return (block(b, p / block_size) * block_size + p % block_size) * kv_heads;
   }
   // The keys [first, second) that a token at position p may see.
   std::pair<int64_t, int64_t> visible(int64_t p) const {
@@ -194,9 +203,11 @@ void attend(const Call& c, int64_t b, int64_t kv_head, Rows& rows, int64_t base,
     keys[i] = c.key<T>(b, base + i) + kv_head * c.k.strides[2];
     values[i] = c.value<T>(b, base + i) + kv_head * c.v.strides[2];
   }
-  if (rows.count <= kDirectRows && c.v_dim == c.v_pad) {
-    attend_tile(c, rows, keys, values, base, low, high);
-    return;
+  if constexpr (!kScaled<T>) {
+    if (rows.count <= kDirectRows && c.v_dim == c.v_pad) {
+      attend_tile(c, rows, keys, values, base, low, high);
+      return;
+    }
   }
   const float *wide_keys[kKeys], *wide_values[kKeys];
   for (int64_t i = low; i < high; ++i) {
@@ -205,6 +216,11 @@ void attend(const Call& c, int64_t b, int64_t kv_head, Rows& rows, int64_t base,
     widen(keys[i], c.dim, rows.keys + i * c.dim);
     widen(values[i], c.v_dim, rows.values + i * c.v_pad);
     std::fill(rows.values + i * c.v_pad + c.v_dim, rows.values + (i + 1) * c.v_pad, 0.0f);
+    if constexpr (kScaled<T>) {
+      const int64_t at = c.scale_index(b, base + i) + kv_head;
+      for (int64_t d = 0; d < c.dim; ++d) rows.keys[i * c.dim + d] *= c.k_scale[at];
+      for (int64_t d = 0; d < c.v_dim; ++d) rows.values[i * c.v_pad + d] *= c.v_scale[at];
+    }
   }
   attend_tile(c, rows, wide_keys, wide_values, base, low, high);
 }

@@ -31,6 +31,7 @@ typedef uint32_t vu __attribute__((vector_size(W * 4)));
 
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
+struct float8 { uint8_t bits; };  // e4m3fn
 
 inline float to_float(float x) { return x; }
 inline float to_float(int8_t x) { return x; }
@@ -39,6 +40,14 @@ inline float to_float(bfloat16 x) {
   float out;
   std::memcpy(&out, &wide, 4);
   return out;
+}
+// Exponent and mantissa in their places, the exponent's bias put right by a product that also serves subnormal numbers.
+// NaN becomes 480: who stores float8 keeps NaN in the scale.
+inline float to_float(float8 x) {
+  const uint32_t wide = uint32_t(x.bits & 0x80) << 24 | uint32_t(x.bits & 0x7f) << 20;
+  float out;
+  std::memcpy(&out, &wide, 4);
+  return out * 0x1p120f;
 }
 inline float to_float(float16 x) {
   _Float16 half;
@@ -75,6 +84,10 @@ inline vf load(const bfloat16* p) {
 }
 inline vf load(const float16* p) { return vf(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))); }
 inline vf load(const int8_t* p) { return vf(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))); }
+inline vf load(const float8* p) {
+  const vu x = vu(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  return vf((x & 0x80u) << 24 | (x & 0x7fu) << 20) * 0x1p120f;
+}
 inline vf fma(vf a, vf b, vf c) { return vf(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
 inline vf vmax(vf a, vf b) { return vf(_mm512_max_ps(__m512(a), __m512(b))); }
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -85,6 +98,10 @@ inline vf load(const bfloat16* p) {
 inline vf load(const float16* p) { return vf(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))); }
 #endif
 inline vf load(const int8_t* p) { return vf(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))); }
+inline vf load(const float8* p) {
+  const vu x = vu(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  return vf((x & 0x80u) << 24 | (x & 0x7fu) << 20) * 0x1p120f;
+}
 inline vf fma(vf a, vf b, vf c) { return vf(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))); }
 inline vf vmax(vf a, vf b) { return vf(_mm256_max_ps(__m256(a), __m256(b))); }
 #else

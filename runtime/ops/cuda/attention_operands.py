@@ -8,6 +8,8 @@ from typing import Any
 
 from .spec import Operands, TensorSpec
 
+# Dtypes of quantized KV caches that there are kernels for.
+CACHE_DTYPES: frozenset[str] = frozenset()
 # Bytes of an element of the types that the kernels compute in.
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -40,6 +42,12 @@ def strides(operands: Operands, name: str, count: int) -> tuple[int, ...]:
     return (0,) * count if spec is None else spec.strides
 
 
+def refuse_quantized(op: str, cache: TensorSpec, scale: TensorSpec | None) -> None:
+    """Raise ValueError for a quantized cache of a dtype that is not among `CACHE_DTYPES`."""
+    if scale is not None and cache.dtype not in CACHE_DTYPES:
+        raise ValueError(f"{op} has no CUDA kernel for a KV cache of {cache.dtype}")
+
+
 def check(op: str, operands: Operands) -> None:
     """Refuse a call that the attention kernels would compute wrongly.
 
@@ -48,6 +56,7 @@ def check(op: str, operands: Operands) -> None:
             above zero.
     """
     q, k_cache, v_cache = tensor(operands, "q"), tensor(operands, "k_cache"), tensor(operands, "v_cache")
+    refuse_quantized(op, k_cache, operands.tensors.get("k_scale"))
     for name in ("q", "k", "v", "k_cache", "v_cache", "cos", "sin"):
         spec = operands.tensors.get(name)
         if spec is not None and (spec.dtype != q.dtype or q.dtype not in WIDTHS):

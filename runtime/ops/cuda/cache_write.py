@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_operands import power_of_two, tensor
+from .attention_operands import power_of_two, refuse_quantized, tensor
 from .spec import Config, KernelCall, Lowering, Operands
 
 
@@ -59,6 +59,7 @@ def lower(operands: Operands, config: Config) -> Lowering:
         config: `elements` of a program's tile; `warps`.
     """
     cache, x, slots = tensor(operands, "cache"), tensor(operands, "x"), tensor(operands, "slots")
+    refuse_quantized("cache_write", cache, operands.tensors.get("scale"))
     batch, heads, length, dim = x.shape
     columns = min(power_of_two(heads * dim), int(config["elements"]))
     rows = min(power_of_two(batch * length), int(config["elements"]) // columns)
