@@ -6,8 +6,6 @@ artifact runs once in a process of its own, so that a machine growing slower hit
 
 from __future__ import annotations
 
-import math
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts.errors import UsageError
-from ..artifacts.manifest import Manifest
+from ..artifacts.manifest import KVCache, Manifest
 from ..artifacts.store import OpenArtifact, open_artifact
 from ..artifacts.target import check_target
 from . import accuracy_facts
 from .console import size_text
 from .lean_child import ask_child
-from .traffic import ITEM_BYTES
 
 Say = Callable[[str], None]
-_CACHE_INPUT = re.compile(r"[kv]_(cache|scale)_\d+")
 
 
 @dataclass
@@ -146,7 +142,7 @@ def _row(path: str, artifact: OpenArtifact) -> Row:
     sizes = {entry.path: entry.size for entry in manifest.files}
     weights = sum(sizes[name] for name in manifest.weights)
     engines = max((engine.memory_bytes for engine in manifest.engines), default=0)
-    memory = weights + engines + cache_bytes_per_block(manifest) * manifest.kv_cache.max_blocks
+    memory = weights + engines + cache_bytes(manifest.kv_cache)
     report = accuracy_facts.accuracy_of(manifest.gate)
     row = Row(
         manifest.name, path, manifest.digest(), str(report.get("scheme", "?")) if report else manifest.model.dtype,
@@ -158,11 +154,9 @@ def _row(path: str, artifact: OpenArtifact) -> Row:
     return row
 
 
-def cache_bytes_per_block(manifest: Manifest) -> int:
-    """Bytes a block of the KV cache takes over all layers, scales included, as the engines' inputs have it."""
-    inputs = manifest.engines[0].inputs if manifest.engines else ()
-    held = (b for b in inputs if _CACHE_INPUT.fullmatch(b.name) and b.shape)
-    return sum(math.prod(b.shape[1:]) * ITEM_BYTES[b.dtype] for b in held)
+def cache_bytes(cache: KVCache) -> int:
+    """What the KV cache of one sequence of full length takes."""
+    return sum(map(cache.token_bytes, cache.layers)) * cache.block_size * cache.max_blocks
 
 
 def _name(rows: Sequence[Row], paths: Sequence[Path]) -> None:

@@ -49,7 +49,7 @@ _HELD = QuantizedWeight(
 )  # fmt: skip
 DECODE = Context(
     "decode", 2, 1, max_length=32, block_size=4, num_blocks=17, max_blocks=8, quantization=_W8A16,
-    held={_DOWN.name: _HELD},
+    held={_DOWN.name: _HELD}, kv_cache_dtype="int8",
 )  # fmt: skip
 # Prefill is not quantized here, so that all its passes are exact and SelectKernels has something to do.
 SUBJECTS = [
