@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts.errors import UsageError
-from ..artifacts.manifest import KVCache, Manifest
+from ..artifacts.manifest import Manifest
 from ..artifacts.store import OpenArtifact, open_artifact
 from ..artifacts.target import check_target
 from . import accuracy_facts
@@ -142,7 +142,7 @@ def _row(path: str, artifact: OpenArtifact) -> Row:
     sizes = {entry.path: entry.size for entry in manifest.files}
     weights = sum(sizes[name] for name in manifest.weights)
     engines = max((engine.memory_bytes for engine in manifest.engines), default=0)
-    memory = weights + engines + cache_bytes(manifest.kv_cache)
+    memory = weights + engines + cache_bytes_per_block(manifest) * manifest.kv_cache.max_blocks
     report = accuracy_facts.accuracy_of(manifest.gate)
     row = Row(
         manifest.name, path, manifest.digest(), str(report.get("scheme", "?")) if report else manifest.model.dtype,
@@ -154,9 +154,10 @@ def _row(path: str, artifact: OpenArtifact) -> Row:
     return row
 
 
-def cache_bytes(cache: KVCache) -> int:
-    """What the KV cache of one sequence of full length takes."""
-    return sum(map(cache.token_bytes, cache.layers)) * cache.block_size * cache.max_blocks
+def cache_bytes_per_block(manifest: Manifest) -> int:
+    """Bytes a block of the KV cache takes over all layers, scales included."""
+    cache = manifest.kv_cache
+    return sum(map(cache.token_bytes, cache.layers)) * cache.block_size
 
 
 def _name(rows: Sequence[Row], paths: Sequence[Path]) -> None:
