@@ -110,10 +110,7 @@ class CacheLayer:
 
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """The paged KV cache: `num_blocks` blocks of `block_size` tokens, block 0 being the null block.
-
-    `max_blocks` is the width of a block table: ceil(max_length / block_size).
-    """
+    """The paged KV cache: `num_blocks` blocks of `block_size` tokens, 0 the null block; tables are `max_blocks` wide."""
 
     block_size: SmallCount
     num_blocks: Count
@@ -128,10 +125,8 @@ class KVCache:
 
     def token_bytes(self, layer: CacheLayer) -> int:
         """What a token's keys and values take in one layer, scales included."""
-        width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(self.dtype, 1)
-        (k_heads, k_dim), (v_heads, v_dim) = layer.key, layer.value
-        scales = 4 * (k_heads + v_heads) if self.scaled else 0
-        return width * (k_heads * k_dim + v_heads * v_dim) + scales
+        width, scale = {"float32": 4, "bfloat16": 2, "float16": 2}.get(self.dtype, 1), 4 if self.scaled else 0
+        return sum(heads * (width * dim + scale) for heads, dim in (layer.key, layer.value))
 
 
 @dataclasses.dataclass(frozen=True)
