@@ -110,7 +110,7 @@ class CacheLayer:
 
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """The paged KV cache: `num_blocks` blocks of `block_size` tokens, 0 the null block; tables are `max_blocks` wide."""
+    """The paged KV cache: `num_blocks` blocks of `block_size` tokens, 0 the null one; tables are `max_blocks` wide."""
 
     block_size: SmallCount
     num_blocks: Count
