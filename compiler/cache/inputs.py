@@ -42,7 +42,8 @@ class Inputs:
         else:
             self.checkpoint = hashlib.sha256(f"random {recipe.model.seed} {self.config}".encode()).hexdigest()
         # Graphs over weights that are stored quantized depend on how they are stored.
-        self.held = self.checkpoint if b'"quantization_config"' in config.read_bytes() else ""
+        quantized = config.is_file() and b'"quantization_config"' in config.read_bytes()
+        self.held = self.checkpoint if quantized else ""
 
 
 def _digest(folder: Path, names: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from ingot.artifacts.errors import UnsupportedModelError, UsageError
 from ingot.artifacts.manifest import load_manifest
+from ingot.compiler.cache.inputs import Inputs
 from ingot.compiler.console import SilentProgress
 from ingot.compiler.families import expected, recipe_for
 from ingot.compiler.gate import budget_for
@@ -91,6 +92,20 @@ def test_quantized_activations_have_the_budgets_of_a_quantized_build(checkpoint:
         plan, _ = make_plan(recipe, SilentProgress())
         assert plan.kept == ["int8"] and plan.kept_activations == (["int8"] if activations else [])
         assert (budget_for(recipe, activations).mean_kl is not None) is activations
+
+
+def test_a_cached_trace_belongs_to_the_checkpoint_that_it_was_made_for(copied: Get) -> None:
+    """How columns are ordered is in the weights and decides the graph."""
+    made = copied("gptq-by-activations")
+    recipe = recipe_for(made.folder, "cached")
+    before = Inputs(recipe, made.folder).held
+    made.tensors["model.layers.0.mlp.up_proj.g_idx"] = torch.arange(64, dtype=torch.int32) // 32
+    made.save(made.quantization())
+    assert before and Inputs(recipe, made.folder).held not in ("", before)
+    config = json.loads((made.folder / "config.json").read_text())
+    del config["quantization_config"]
+    (made.folder / "config.json").write_text(json.dumps(config))
+    assert Inputs(recipe, made.folder).held == ""
 
 
 def scheme(recipe: Recipe, *targets: str) -> Recipe:
