@@ -9,9 +9,11 @@ from typing import Any
 from .spec import Operands, TensorSpec
 
 # Dtypes of quantized KV caches that there are kernels for.
-CACHE_DTYPES: frozenset[str] = frozenset()
+CACHE_DTYPES = frozenset({"int8", "float8_e4m3fn"})
 # Bytes of an element of the types that the kernels compute in.
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+# And of those that a cache can hold.
+CACHE_WIDTHS = WIDTHS | dict.fromkeys(CACHE_DTYPES, 1)
 
 
 def power_of_two(size: int) -> int:
@@ -57,7 +59,8 @@ def check(op: str, operands: Operands) -> None:
     """
     q, k_cache, v_cache = tensor(operands, "q"), tensor(operands, "k_cache"), tensor(operands, "v_cache")
     refuse_quantized(op, k_cache, operands.tensors.get("k_scale"))
-    for name in ("q", "k", "v", "k_cache", "v_cache", "cos", "sin"):
+    quantized = _check_scales(op, operands)
+    for name in ("q", "k", "v", *(() if quantized else ("k_cache", "v_cache")), "cos", "sin"):
         spec = operands.tensors.get(name)
         if spec is not None and (spec.dtype != q.dtype or q.dtype not in WIDTHS):
             raise ValueError(f"{op}: {name} is {spec.dtype}, q {q.dtype}; the kernel takes one of {', '.join(WIDTHS)}")
@@ -75,6 +78,25 @@ def check(op: str, operands: Operands) -> None:
         raise ValueError(f"{op}: scale is {operands.values['scale']}; the kernel takes one above zero")
 
 
+def cache_format(scale: TensorSpec | None, cache: TensorSpec) -> str:
+    """ "" for a cache in the activations' dtype, else "int8" or "fp8"."""
+    return "" if scale is None else "int8" if cache.dtype == "int8" else "fp8"
+
+
+def _check_scales(op: str, operands: Operands) -> bool:
+    """Whether the caches are quantized; raises ValueError where their scales do not fit them."""
+    caches = [tensor(operands, name) for name in ("k_cache", "v_cache")]
+    scales = [operands.tensors.get(name) for name in ("k_scale", "v_scale")]
+    if scales == [None, None]:
+        return False
+    for cache, scale in zip(caches, scales):
+        if scale is None or scale.dtype != "float32" or scale.shape != cache.shape[:3] or not scale.contiguous:
+            raise ValueError(f"{op}: a cache {cache.shape} of {cache.dtype} does not have scales {scale}")
+    if caches[0].dtype != caches[1].dtype:
+        raise ValueError(f"{op}: keys are {caches[0].dtype}, values {caches[1].dtype}")
+    return True
+
+
 def shared_constants(operands: Operands) -> dict[str, Any]:
     """Constants of both kernels: heads, cache layout, block table, score."""
     q, k_cache, v_cache = tensor(operands, "q"), tensor(operands, "k_cache"), tensor(operands, "v_cache")
@@ -88,6 +110,8 @@ def shared_constants(operands: Operands) -> dict[str, Any]:
         "Q_STRIDES": q.strides,
         "K_CACHE_STRIDES": k_cache.strides,
         "V_CACHE_STRIDES": v_cache.strides,
+        "SCALE_STRIDES": strides(operands, "k_scale", 3),
+        "CACHE": cache_format(operands.tensors.get("k_scale"), k_cache),
         "TABLE_STRIDES": tensor(operands, "block_tables").strides,
         "SINK_STRIDE": strides(operands, "sinks", 1)[0],
         "HAS_SINKS": operands.tensors.get("sinks") is not None,

@@ -8,6 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .linear_formats import narrowed
+from .quantize import codes_of, row_scale_of
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -141,10 +144,30 @@ def tile_rows(
 
 
 @triton.jit
+def tile_scales(
+    heads: tl.tensor,
+    blocks: tl.tensor,
+    t: tl.tensor,
+    high: tl.tensor,
+    STRIDES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CACHE: tl.constexpr,
+) -> tl.tensor:
+    """Scales of the keys or values of a tile [T], zeros from `high` on; of a cache that has none, something unused."""
+    if CACHE == "":
+        return t
+    else:
+        slots = blocks.to(tl.int64) * STRIDES[0] + t % BLOCK_SIZE * STRIDES[1]
+        return tl.load(heads + slots, mask=t < high, other=0.0)
+
+
+@triton.jit
 def attend(
     queries: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
+    key_scales: tl.tensor,
+    value_scales: tl.tensor,
     seen: tl.tensor,
     top: tl.tensor,
     total: tl.tensor,
@@ -152,9 +175,20 @@ def attend(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    CACHE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> tl.tensor:
-    """The online softmax, its maximum [G], sum [G] and values [G, V], continued over one tile."""
-    scores = capped(tl.dot(queries, tl.trans(keys), input_precision=PRECISION), SCALE, SOFTCAP)
+    """The online softmax, its maximum [G], sum [G] and values [G, V], continued over one tile.
+
+    CACHE: "", or the format of keys and values, whose scales [T] are then applied to scores and weights.
+    """
+    if CACHE != "":
+        keys = narrowed(keys, CACHE, 0, False, queries.dtype, PDL)
+        values = narrowed(values, CACHE, 0, False, queries.dtype, PDL)
+    raw = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    if CACHE != "":
+        raw *= key_scales[None, :]
+    scores = capped(raw, SCALE, SOFTCAP)
     scores = tl.where(seen[None, :], scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
     # A chunk of no tokens must not compute inf - inf.
@@ -162,6 +196,8 @@ def attend(
     kept = tl.exp2(top - level)
     weights = tl.exp2(scores - level[:, None])
     total = total * kept + tl.sum(weights, 1)
+    if CACHE != "":
+        weights *= value_scales[None, :]
     acc = tl.dot(weights.to(values.dtype), values, acc * kept[:, None], input_precision=PRECISION)
     return higher, total, acc
 
@@ -171,6 +207,8 @@ def attend_chunk(
     queries: tl.tensor,
     k_heads: tl.tensor,
     v_heads: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     table: tl.tensor,
     blocks: tl.tensor,
     low: tl.tensor,
@@ -190,6 +228,9 @@ def attend_chunk(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALE_STRIDES: tl.constexpr,
+    CACHE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> tl.tensor:
     """`attend` over the tokens [low, high) in a pipelined loop; `blocks` are those of the first tile."""
     for first in tl.range(low, high, BLOCK):
@@ -201,7 +242,12 @@ def attend_chunk(
         blocks = tl.load(table + ahead // BLOCK_SIZE * TABLE_STRIDE, mask=ahead < high, other=0)
         keys = tile_rows(k_heads, now, t, high, K_STRIDES, DIM, DIM_PADDED, BLOCK_SIZE)
         values = tile_rows(v_heads, now, t, high, V_STRIDES, V_DIM, V_DIM_PADDED, BLOCK_SIZE)
-        top, total, acc = attend(queries, keys, values, t < high, top, total, acc, SCALE, SOFTCAP, PRECISION)
+        key_scales = tile_scales(k_scales, now, t, high, SCALE_STRIDES, BLOCK_SIZE, CACHE)
+        value_scales = tile_scales(v_scales, now, t, high, SCALE_STRIDES, BLOCK_SIZE, CACHE)
+        top, total, acc = attend(
+            queries, keys, values, key_scales, value_scales, t < high, top, total, acc, SCALE, SOFTCAP, PRECISION,
+            CACHE, PDL,
+        )  # fmt: skip
     return top, total, acc
 
 
@@ -244,6 +290,8 @@ def combine_splits(
     VALUE_STRIDE: tl.constexpr,
     SINK_STRIDE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    CACHE: tl.constexpr,
+    CODE: tl.constexpr,
 ) -> None:
     """Adds the new token and all splits of one (row, kv head) up and writes the group's heads.
 
@@ -260,6 +308,13 @@ def combine_splits(
     top = tl.load(levels + SPLITS * GROUP + g, mask=known, other=0.0, cache_modifier=".cg")
     total = tl.zeros_like(top) + 1.0
     acc = tl.load(value + e * VALUE_STRIDE, mask=e < V_DIM, other=0.0).to(tl.float32)
+    if CACHE != "":
+        # As the cache has it.
+        whole = tl.arange(0, V_DIM_PADDED)
+        row = tl.load(value + whole * VALUE_STRIDE, mask=whole < V_DIM, other=0.0).to(tl.float32)
+        MOST: tl.constexpr = 127.0 if CACHE == "int8" else 448.0
+        scale = row_scale_of(row, MOST)[None, :]
+        acc = codes_of(acc, scale, MOST, CODE).to(tl.float32) * scale
     for first in tl.range(0, SPLITS, STEP, num_stages=1):
         tops: tl.tuple = ()
         parts: tl.tuple = ()

@@ -6,7 +6,7 @@ fall, so that a small batch still fills the GPU; how long the splits are follows
 
 from __future__ import annotations
 
-from .attention_operands import WIDTHS, check, padded, power_of_two, shared_constants, strides, tensor
+from .attention_operands import CACHE_WIDTHS, check, padded, power_of_two, shared_constants, strides, tensor
 from .decode_kernel import decode_kernel
 from .spec import Config, KernelCall, Lowering, Operands, Scratch
 
@@ -18,7 +18,7 @@ _MOST_SPLITS = 64
 _GRAIN = 16
 # Shared memory for tiles on their way, of 227 KiB that a program can have.
 _TILE_BYTES = 160 << 10
-_OPTIONAL = ("cos", "sin", "q_norm", "k_norm", "sinks")
+_OPTIONAL = ("cos", "sin", "q_norm", "k_norm", "sinks", "k_scale", "v_scale")
 # Times that the programs fill the GPU, tokens a tile, warps, pipeline stages, preload, carve-out; by what a launch is
 # bound by: latency (a few rows: best is a tile that holds a whole split), both, or memory alone. The products around a
 # few rows stream their weights through L1: which carve-out leaves it to them shows in their company alone.
@@ -43,7 +43,7 @@ def candidates(operands: Operands) -> list[Config]:
     pairs = table.shape[0] * kv_heads
     fill = max(1, power_of_two(_PROGRAMS // pairs + 1) // 2)
     most = min(_MOST_SPLITS, power_of_two(-(-table.shape[1] * block_size // _GRAIN)))
-    row_bytes = (padded(k_cache.shape[3]) + padded(v_cache.shape[3])) * WIDTHS[k_cache.dtype]
+    row_bytes = (padded(k_cache.shape[3]) + padded(v_cache.shape[3])) * CACHE_WIDTHS[k_cache.dtype]
     shapes = _FEW if fill > 2 else _SOME if pairs <= _PROGRAMS else _MANY
     if k_cache.dtype == "float32":
         shapes = _FLOAT32
@@ -54,12 +54,17 @@ def candidates(operands: Operands) -> list[Config]:
         splits = max(1, min(most, int(fill * times)))
         config: Config = {
             "splits": splits, "block": block, "warps": warps, "stages": stages,
-            "preload": preload and _early(operands) > 0 and {"k_cache", "v_cache"} <= operands.stable,
+            "preload": preload and _early(operands) > 0 and _caches(operands) <= operands.stable,
             "carveout": carveout[0] if carveout else -1,
         }  # fmt: skip
         if config not in made and block * row_bytes * (stages - 1) <= _TILE_BYTES:
             made.append(config)
     return made
+
+
+def _caches(operands: Operands) -> set[str]:
+    """The caches of the call, those of scales among them."""
+    return {n for n in ("k_cache", "v_cache", "k_scale", "v_scale") if operands.tensors.get(n) is not None}
 
 
 def _early(operands: Operands) -> int:
@@ -89,7 +94,7 @@ def lower(operands: Operands, config: Config) -> Lowering:
         raise ValueError(f"attention_step: q {q.shape} holds {length} tokens a row; a decode step has one")
     kv_heads, v_dim = k_cache.shape[2], v_cache.shape[3]
     group, splits, warps, block = heads // kv_heads, int(config["splits"]), int(config["warps"]), int(config["block"])
-    line = 128 // WIDTHS[k_cache.dtype]
+    line = 128 // CACHE_WIDTHS[k_cache.dtype]
     early, cos, sin = _early(operands), operands.tensors.get("cos"), operands.tensors.get("sin")
     # Elements of the group's result that one thread adds up over the splits.
     share = max(1, power_of_two(group) * padded(v_dim) // (32 * warps))
@@ -122,12 +127,12 @@ def lower(operands: Operands, config: Config) -> Lowering:
         "LINE": line,
         "K_LINES": power_of_two(-(-dim // line)),
         "V_LINES": power_of_two(-(-v_dim // line)),
-        "PRELOAD": bool(config["preload"]) and early > 0 and {"k_cache", "v_cache"} <= operands.stable,
+        "PRELOAD": bool(config["preload"]) and early > 0 and _caches(operands) <= operands.stable,
         # When it waits for the launch before; see `_early`.
         "WAIT": early,
         "PDL": True,
     }
-    names = ("q", "k", "v", "k_cache", "v_cache", "block_tables", "positions")
+    names = ("q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "block_tables", "positions")
     pointers = {name: name for name in names}
     pointers |= {name: name if operands.tensors.get(name) is not None else "q" for name in _OPTIONAL}
     scratch = {}

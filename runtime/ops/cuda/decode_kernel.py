@@ -23,8 +23,10 @@ from .attention_parts import (
     prefetch_rows,
     prepared_heads,
     tile_rows,
+    tile_scales,
     with_sink,
 )
+from .quantize import codes_of, row_scale_of
 
 
 @triton.jit
@@ -34,6 +36,8 @@ def decode_kernel(
     v: tl.tensor,
     k_cache: tl.tensor,
     v_cache: tl.tensor,
+    k_scale: tl.tensor,
+    v_scale: tl.tensor,
     block_tables: tl.tensor,
     positions: tl.tensor,
     cos: tl.tensor,
@@ -58,6 +62,8 @@ def decode_kernel(
     V_STRIDES: tl.constexpr,
     K_CACHE_STRIDES: tl.constexpr,
     V_CACHE_STRIDES: tl.constexpr,
+    SCALE_STRIDES: tl.constexpr,
+    CACHE: tl.constexpr,
     TABLE_STRIDES: tl.constexpr,
     POSITION_STRIDE: tl.constexpr,
     COS_STRIDES: tl.constexpr,
@@ -94,6 +100,8 @@ def decode_kernel(
     table = block_tables + row * TABLE_STRIDES[0]
     k_heads = k_cache + head * K_CACHE_STRIDES[2]
     v_heads = v_cache + head * V_CACHE_STRIDES[2]
+    k_scales = k_scale + head * SCALE_STRIDES[2]
+    v_scales = v_scale + head * SCALE_STRIDES[2]
     if PDL:
         gdc_launch_dependents()
         if WAIT == 0:
@@ -112,6 +120,8 @@ def decode_kernel(
     if PRELOAD:
         keys = tile_rows(k_heads, blocks, t, high, K_CACHE_STRIDES, DIM, DIM_PADDED, BLOCK_SIZE)
         values = tile_rows(v_heads, blocks, t, high, V_CACHE_STRIDES, V_DIM, V_DIM_PADDED, BLOCK_SIZE)
+        key_scales = tile_scales(k_scales, blocks, t, high, SCALE_STRIDES, BLOCK_SIZE, CACHE)
+        value_scales = tile_scales(v_scales, blocks, t, high, SCALE_STRIDES, BLOCK_SIZE, CACHE)
     elif PDL and WAIT > 0:
         near, inner = blocks.to(tl.int64), t % BLOCK_SIZE
         prefetch_rows(k_heads + near * K_CACHE_STRIDES[0] + inner * K_CACHE_STRIDES[1], DIM, K_LINES, LINE)
@@ -148,8 +158,20 @@ def decode_kernel(
     inner = position % BLOCK_SIZE
     k_slot = k_heads + own * K_CACHE_STRIDES[0] + inner * K_CACHE_STRIDES[1]
     v_slot = v_heads + own * V_CACHE_STRIDES[0] + inner * V_CACHE_STRIDES[1]
+    CODE: tl.constexpr = k_cache.dtype.element_ty
+    if CACHE != "":
+        # What is attended to is what the cache will hold.
+        MOST: tl.constexpr = 127.0 if CACHE == "int8" else 448.0
+        key, value = key.to(tl.float32), value.to(tl.float32)
+        key_scale, value_scale = row_scale_of(key, MOST), row_scale_of(value, MOST)
+        key, value = codes_of(key, key_scale, MOST, CODE), codes_of(value, value_scale, MOST, CODE)
+        at = own * SCALE_STRIDES[0] + inner * SCALE_STRIDES[1]
+        tl.store(k_scales + at + tl.zeros_like(g)[:, None], key_scale, mask=(g == 0)[:, None] & write)
+        tl.store(v_scales + at + tl.arange(0, 1), value_scale, mask=write)
     tl.store(k_slot + d * K_CACHE_STRIDES[3], key, mask=(g == 0)[:, None] & (d < DIM) & write)
     tl.store(v_slot + e * V_CACHE_STRIDES[3], value, mask=(e < V_DIM) & write)
+    if CACHE != "":
+        key, value = key.to(tl.float32) * key_scale, value.to(tl.float32) * value_scale
     score = capped(tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1), SCALE, SOFTCAP)
 
     pair = row * KV_HEADS + head
@@ -165,22 +187,26 @@ def decode_kernel(
         total = tl.zeros([GROUP_PADDED], tl.float32)
         acc = tl.zeros([GROUP_PADDED, V_DIM_PADDED], tl.float32)
     if PRELOAD:
-        top, total, acc = attend(queries, keys, values, t < high, top, total, acc, SCALE, SOFTCAP, PRECISION)
+        top, total, acc = attend(
+            queries, keys, values, key_scales, value_scales, t < high, top, total, acc, SCALE, SOFTCAP, PRECISION,
+            CACHE, PDL,
+        )  # fmt: skip
         low += BLOCK
         # A chunk of one tile does not even fill the loop's pipeline.
         if low < high:
             t = low + tl.arange(0, BLOCK)
             blocks = tl.load(table + t // BLOCK_SIZE * TABLE_STRIDES[1], mask=t < high, other=0)
             top, total, acc = attend_chunk(
-                queries, k_heads, v_heads, table, blocks, low, high, top, total, acc, DIM, DIM_PADDED, V_DIM,
-                V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES, V_CACHE_STRIDES, TABLE_STRIDES[1], SCALE, SOFTCAP, BLOCK,
-                PRECISION,
+                queries, k_heads, v_heads, k_scales, v_scales, table, blocks, low, high, top, total, acc, DIM,
+                DIM_PADDED, V_DIM, V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES, V_CACHE_STRIDES, TABLE_STRIDES[1], SCALE,
+                SOFTCAP, BLOCK,
+                PRECISION, SCALE_STRIDES, CACHE, PDL,
             )  # fmt: skip
     else:
         top, total, acc = attend_chunk(
-            queries, k_heads, v_heads, table, blocks, low, high, top, total, acc, DIM, DIM_PADDED, V_DIM,
-            V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES, V_CACHE_STRIDES, TABLE_STRIDES[1], SCALE, SOFTCAP, BLOCK,
-            PRECISION,
+            queries, k_heads, v_heads, k_scales, v_scales, table, blocks, low, high, top, total, acc, DIM, DIM_PADDED,
+            V_DIM, V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES, V_CACHE_STRIDES, TABLE_STRIDES[1], SCALE, SOFTCAP, BLOCK,
+            PRECISION, SCALE_STRIDES, CACHE, PDL,
         )  # fmt: skip
 
     out += pair * GROUP * V_DIM
@@ -202,5 +228,5 @@ def decode_kernel(
             tl.store(arrivals + pair, 0)
             combine_splits(
                 out, partial, levels, v_row, sinks, position, SPLITS, COMBINE_STEP, COMBINE_VECTOR, GROUP,
-                GROUP_PADDED, V_DIM, V_DIM_PADDED, V_STRIDES[3], SINK_STRIDE, HAS_SINKS,
+                GROUP_PADDED, V_DIM, V_DIM_PADDED, V_STRIDES[3], SINK_STRIDE, HAS_SINKS, CACHE, CODE,
             )  # fmt: skip

@@ -25,6 +25,9 @@ def candidates(operands: Operands) -> list[Config]:
         shapes = ((64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3))
     else:
         shapes = ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2))
+    if operands.tensors.get("k_scale") is not None:
+        # Numbers made of bytes take registers: such tiles spill.
+        shapes = tuple(shape for shape in shapes if shape[:2] != (128, 128))
     most = max(16, power_of_two(length))
     return [
         {"queries": queries, "keys": keys, "warps": warps, "stages": stages}
@@ -56,9 +59,8 @@ def lower(operands: Operands, config: Config) -> Lowering:
         "KEYS": int(config["keys"]),
         "PDL": True,
     }
-    names = ("q", "k_cache", "v_cache", "block_tables", "positions")
-    pointers = {name: name for name in names} | {"out": "out"}
-    pointers["sinks"] = "q" if operands.tensors.get("sinks") is None else "sinks"
+    names = ("q", "k_cache", "v_cache", "k_scale", "v_scale", "block_tables", "positions", "sinks")
+    pointers = {name: "q" if operands.tensors.get(name) is None else name for name in names} | {"out": "out"}
     call = KernelCall(
         function=prefill_kernel,
         grid=(heads, -(-length // queries), batch),

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_parts import LOG2E, capped
+from .attention_parts import LOG2E, capped, tile_scales
+from .linear_formats import narrowed
 
 
 @triton.jit
@@ -19,6 +20,8 @@ def _attend(
     position: tl.tensor,
     k_heads: tl.tensor,
     v_heads: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     table: tl.tensor,
     top: tl.tensor,
     total: tl.tensor,
@@ -33,6 +36,9 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     K_CACHE_STRIDES: tl.constexpr,
     V_CACHE_STRIDES: tl.constexpr,
+    SCALE_STRIDES: tl.constexpr,
+    CACHE: tl.constexpr,
+    PDL: tl.constexpr,
     TABLE_STRIDE: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -61,7 +67,12 @@ def _attend(
             k_seen, v_seen = k_seen & (t < high)[:, None], v_seen & (t < high)[:, None]
         keys = tl.load(k_heads + k_slots[:, None] + d * K_CACHE_STRIDES[3], mask=k_seen, other=0.0)
         values = tl.load(v_heads + v_slots[:, None] + e * V_CACHE_STRIDES[3], mask=v_seen, other=0.0)
+        if CACHE != "":
+            keys = narrowed(keys, CACHE, 0, False, queries.dtype, PDL)
+            values = narrowed(values, CACHE, 0, False, queries.dtype, PDL)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        if CACHE != "":
+            scores *= tile_scales(k_scales, block, t, high, SCALE_STRIDES, BLOCK_SIZE, CACHE)[None, :]
         if SOFTCAP != 0.0:
             scores = capped(scores, SCALE, SOFTCAP)
         if MASKED:
@@ -75,6 +86,8 @@ def _attend(
         kept = tl.exp2(top - level)
         weights = tl.exp2(scores * FACTOR - level[:, None])
         total = total * kept + tl.sum(weights, 1)
+        if CACHE != "":
+            weights *= tile_scales(v_scales, block, t, high, SCALE_STRIDES, BLOCK_SIZE, CACHE)[None, :]
         acc = tl.dot(weights.to(values.dtype), values, acc * kept[:, None], input_precision=PRECISION)
         top = higher
     return top, total, acc
@@ -85,6 +98,8 @@ def prefill_kernel(
     q: tl.tensor,
     k_cache: tl.tensor,
     v_cache: tl.tensor,
+    k_scale: tl.tensor,
+    v_scale: tl.tensor,
     block_tables: tl.tensor,
     positions: tl.tensor,
     sinks: tl.tensor,
@@ -101,6 +116,8 @@ def prefill_kernel(
     Q_STRIDES: tl.constexpr,
     K_CACHE_STRIDES: tl.constexpr,
     V_CACHE_STRIDES: tl.constexpr,
+    SCALE_STRIDES: tl.constexpr,
+    CACHE: tl.constexpr,
     TABLE_STRIDES: tl.constexpr,
     POSITION_STRIDES: tl.constexpr,
     SINK_STRIDE: tl.constexpr,
@@ -132,6 +149,8 @@ def prefill_kernel(
     table = block_tables + row * TABLE_STRIDES[0]
     k_heads = k_cache + head // GROUP * K_CACHE_STRIDES[2]
     v_heads = v_cache + head // GROUP * V_CACHE_STRIDES[2]
+    k_scales = k_scale + head // GROUP * SCALE_STRIDES[2]
+    v_scales = v_scale + head // GROUP * SCALE_STRIDES[2]
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, V_DIM_PADDED], tl.float32)
@@ -143,20 +162,20 @@ def prefill_kernel(
         low = tl.maximum(oldest - WINDOW + 1, 0)
         inner_low = low + tl.cdiv(tl.maximum(newest - WINDOW + 1 - low, 0), KEYS) * KEYS
         top, total, acc = _attend(
-            queries, position, k_heads, v_heads, table, top, total, acc, low, tl.minimum(inner_low, high), True, DIM,
-            DIM_PADDED, V_DIM, V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES, V_CACHE_STRIDES, TABLE_STRIDES[1], SCALE,
-            WINDOW, SOFTCAP, KEYS, PRECISION,
+            queries, position, k_heads, v_heads, k_scales, v_scales, table, top, total, acc,
+            low, tl.minimum(inner_low, high), True, DIM, DIM_PADDED, V_DIM, V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES,
+            V_CACHE_STRIDES, SCALE_STRIDES, CACHE, PDL, TABLE_STRIDES[1], SCALE, WINDOW, SOFTCAP, KEYS, PRECISION,
         )  # fmt: skip
     inner_high = inner_low + tl.maximum(tl.minimum(oldest + 1, high) - inner_low, 0) // KEYS * KEYS
     top, total, acc = _attend(
-        queries, position, k_heads, v_heads, table, top, total, acc, inner_low, inner_high, False, DIM,
-        DIM_PADDED, V_DIM, V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES, V_CACHE_STRIDES, TABLE_STRIDES[1], SCALE,
-        WINDOW, SOFTCAP, KEYS, PRECISION,
+        queries, position, k_heads, v_heads, k_scales, v_scales, table, top, total, acc,
+        inner_low, inner_high, False, DIM, DIM_PADDED, V_DIM, V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES,
+        V_CACHE_STRIDES, SCALE_STRIDES, CACHE, PDL, TABLE_STRIDES[1], SCALE, WINDOW, SOFTCAP, KEYS, PRECISION,
     )  # fmt: skip
     top, total, acc = _attend(
-        queries, position, k_heads, v_heads, table, top, total, acc, inner_high, high, True, DIM,
-        DIM_PADDED, V_DIM, V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES, V_CACHE_STRIDES, TABLE_STRIDES[1], SCALE,
-        WINDOW, SOFTCAP, KEYS, PRECISION,
+        queries, position, k_heads, v_heads, k_scales, v_scales, table, top, total, acc,
+        inner_high, high, True, DIM, DIM_PADDED, V_DIM, V_DIM_PADDED, BLOCK_SIZE, K_CACHE_STRIDES,
+        V_CACHE_STRIDES, SCALE_STRIDES, CACHE, PDL, TABLE_STRIDES[1], SCALE, WINDOW, SOFTCAP, KEYS, PRECISION,
     )  # fmt: skip
 
     if HAS_SINKS:

@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .linear_formats import less, narrowed
 from .linear_parts import added_parts, ask_rows, gated, leave_part, load, rounded, weight_rows, with_offset
+from .quantize import codes_of, row_scale_of
 
 
 @triton.jit
@@ -213,12 +214,7 @@ def prepare(
         value *= with_offset(loaded, gain, OFFSET, ROUND_GAIN)
     if MOST > 0.0:
         value = rounded(value, x)
-        largest = tl.max(tl.abs(value), 0)
-        scale = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, MOST))
-        # A row that holds NaN or an infinity is NaN.
-        tl.store(row_scale + row, scale + 0.0 * tl.sum(value, 0))
-        value = tl.minimum(tl.maximum(tl.div_rn(value, scale), -MOST), MOST)
-        if rows.dtype.element_ty == tl.int8:
-            # To the nearest whole number, ties to even: 1.5 * 2**23 leaves no room for more.
-            value = (value + 12582912.0) - 12582912.0
+        scale = row_scale_of(value, MOST)
+        tl.store(row_scale + row + tl.arange(0, 1), scale)
+        value = codes_of(value, scale, MOST, rows.dtype.element_ty)
     tl.store(rows + row * K + k, value.to(rows.dtype.element_ty), mask=inside)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ingot.runtime.ops import fused_reference, reference
+from ingot.runtime.ops import fused_reference, quantized, reference
 from ingot.runtime.ops.cuda import attention_step, cache_write, paged_attention
 from ingot.runtime.ops.cuda.spec import Config, Lowering, Operands, TensorSpec
 from torch import Tensor
@@ -23,7 +23,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 _ALLOWED = {BF16: (8e-3, 8e-3), FP16: (1e-3, 1e-3), FP32: (1e-5, 1e-5)}
 
 # What an engine's launches do not write before attention.
-_STABLE = ("k_cache", "v_cache", "block_tables", "positions", "q_norm", "k_norm")
+_CACHES = ("k_cache", "v_cache", "k_scale", "v_scale")
+_STABLE = (*_CACHES, "block_tables", "positions", "q_norm", "k_norm")
 _TABLES = frozenset({"cos", "sin"})
 
 
@@ -49,6 +50,7 @@ class Case:
     rope: bool = True
     table: bool = False
     stable: bool = True
+    cache: str = ""
     config: tuple[int, ...] = ()
 
     def __str__(self) -> str:
@@ -73,6 +75,10 @@ STEPS = (
     Case((255,), dim=128, heads=8, config=(5, 64, True)),
     Case((130,), dim=256, heads=8, config=(32, 16, False)),
     Case((90, 40), dim=96, heads=2, kv_heads=2, dtype=FP16, window=64, norm="wide", rope=False, config=(2, 32, True)),
+    Case((257, 111, -1, 0), dim=64, heads=8, kv_heads=2, dtype=FP32, cache="int8", config=(4, 32, True)),
+    Case((63, 128), dim=80, heads=6, kv_heads=2, v_dim=24, dtype=FP32, softcap=9.0, cache="fp8", config=(1, 16, False)),
+    Case((200,), dim=128, heads=8, table=True, cache="fp8", config=(3, 64, True)),
+    Case((200,), dim=128, heads=8, table=True, cache="int8", config=(3, 64, False)),
 )
 # config: queries and keys a tile.
 PREFILLS = (
@@ -84,6 +90,8 @@ PREFILLS = (
     Case((37, -1, 16), (1, 0, 1), dtype=FP32, config=(16, 16)),
     Case((64,), (130,), dim=128, heads=2, config=(128, 64)),
     Case((3,), (90,), dim=64, dtype=FP16, window=48, softcap=50.0, config=(64, 32)),
+    Case((0, 7), (33, 20), dim=64, heads=8, kv_heads=2, dtype=FP32, sinks=True, cache="int8", config=(32, 32)),
+    Case((50,), (70,), dim=80, v_dim=24, window=20, cache="fp8", config=(32, 16)),
 )
 
 
@@ -93,6 +101,7 @@ def run_cases(device: str) -> dict[str, float]:
     errors |= {f"prefill {case}": prefill(case, device) for case in PREFILLS}
     errors["a step's row sees no other"] = float(not rows_apart(device))
     errors |= {f"cache write {dim} {dtype}": write(dim, dtype, device) for dim, dtype in ((64, BF16), (80, FP32))}
+    errors |= {f"cache write in {format}": write_quantized(format, device) for format in ("int8", "fp8")}
     if device != "cpu":
         for name, case in (("big", BIG_STEP), ("lone", LONE_STEP)):
             configs = attention_step.candidates(Step(case, "cpu").operands())
@@ -137,9 +146,15 @@ class _Call:
                     continue
                 k_cache[tables[row, t // size], t % size] = self.random(case.kv_heads, case.dim).cpu()
                 v_cache[tables[row, t // size], t % size] = self.random(case.kv_heads, v_dim).cpu()
+        k_scale = v_scale = None
+        if case.cache:
+            k_cache, k_scale = _stored(k_cache, case.cache)
+            v_cache, v_scale = _stored(v_cache, case.cache)
         self.tensors: dict[str, Any] = {
             "k_cache": k_cache.to(device),
             "v_cache": v_cache.to(device),
+            "k_scale": None if k_scale is None else k_scale.to(device),
+            "v_scale": None if v_scale is None else v_scale.to(device),
             "block_tables": tables.to(device),
             "positions": positions.to(device),
             "sinks": self.random(case.heads) if case.sinks else None,
@@ -167,8 +182,15 @@ class _Call:
 
     def cloned(self) -> dict[str, Any]:
         """The same call again, with caches of its own."""
-        own = {name: self.tensors[name].clone() for name in ("k_cache", "v_cache")}
+        own = {n: self.tensors[n].clone() for n in _CACHES if self.tensors[n] is not None}
         return self.tensors | own
+
+
+def _stored(cache: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """A cache and its scales as they would have been written; what is NaN stays so in its scale."""
+    values, scale = quantized.quantize_rows(cache, format)
+    dtype = torch.int8 if format == "int8" else torch.float8_e4m3fn
+    return values.nan_to_num().to(dtype), scale[..., 0].clone()
 
 
 class Step(_Call):
@@ -244,8 +266,29 @@ def step(case: Case, device: str, config: Config | None = None) -> float:
     theirs, ours = call.cloned(), call.cloned() | {"out": call.out}
     wanted = fused_reference.attention_step(**theirs, **call.values())
     launch(attention_step.lower(call.operands(), config), ours)
-    written = [share(ours[name][1:], theirs[name][1:]) for name in ("k_cache", "v_cache")]
+    if case.cache:
+        written = [_moved(ours, theirs, case)]
+    else:
+        written = [share(ours[name][1:], theirs[name][1:]) for name in ("k_cache", "v_cache")]
     return max(share(call.out, wanted), *written)
+
+
+def _moved(ours: Mapping[str, Any], theirs: Mapping[str, Any], case: Case) -> float:
+    """How far what was written is from the reference's, as a share of one step of the format.
+
+    A rounding in RoPE may take a number to its neighbour.
+    """
+    worst = 0.0
+    for name in ("k", "v"):
+        mine, wanted = (
+            each[f"{name}_cache"][1:].float() * each[f"{name}_scale"][1:][..., None] for each in (ours, theirs)
+        )
+        largest = wanted.abs().amax(-1, keepdim=True)
+        step_size = largest / 127 if case.cache == "int8" else wanted.abs() / 8 + largest / 448 / 512
+        both = mine.isnan() & wanted.isnan()
+        error = ((mine - wanted).abs() / (1.05 * step_size + 1e-9)).masked_fill(both, 0)
+        worst = max(worst, error.nan_to_num(float("inf")).max().item())
+    return worst
 
 
 def prefill(case: Case, device: str, config: Config | None = None) -> float:
@@ -295,6 +338,22 @@ def write(dim: int, dtype: torch.dtype, device: str) -> float:
         launch(cache_write.lower(operands, config), tensors)
         worst = max(worst, float(not torch.equal(tensors["cache"][1:], wanted[1:])))
     return worst
+
+
+def write_quantized(format: str, device: str) -> float:
+    """0 where codes and scales are the reference's; a row of zeros has the scale 1."""
+    numbers = torch.Generator().manual_seed(7)
+    x = torch.randn(2, 21, 3, 80, generator=numbers).to(device, BF16).transpose(1, 2)
+    x[0, 1, 3] = 0
+    slots = 16 + torch.randperm(7 * 16, generator=numbers)[:42].to(device)
+    cache, scale = _stored(torch.randn(8, 16, 3, 80, generator=numbers), format)
+    theirs, ours = ({"cache": cache.clone().to(device), "scale": scale.clone().to(device)} for _ in range(2))
+    reference.cache_write(theirs["cache"], x, slots, theirs["scale"])
+    tensors = {**ours, "x": x, "slots": slots}
+    operands = Operands(_specs(tensors), {}, {})
+    launch(cache_write.lower(operands, cache_write.candidates(operands)[0]), tensors)
+    same = torch.equal(ours["cache"].view(torch.uint8), theirs["cache"].view(torch.uint8))
+    return float(not same or not torch.equal(ours["scale"], theirs["scale"]))
 
 
 if __name__ == "__main__":
