@@ -88,7 +88,7 @@ def test_every_key_of_a_recipe_is_in_the_key_of_some_stage(key: RecipeKey) -> No
     # Engines are counted by the stages themselves: each has its own shape in its key.
     counted = key.path in ("shapes.decode_batch_sizes", "shapes.prefill_lengths")
     assert bool(differ) == (key.path not in PLACES), f"{key.path} is in the keys of {differ or 'no stage'}"
-    assert not counted or differ == {"gate", "accuracy"}
+    assert not counted or differ == {"gate", "accuracy", "speed"}
 
 
 def test_what_is_declared_unread_exists() -> None:
