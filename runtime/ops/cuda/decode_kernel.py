@@ -12,19 +12,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .attention_combine import combine_splits, with_sink
 from .attention_parts import (
     attend,
     attend_chunk,
     capped,
     chunk_of_split,
-    combine_splits,
     optional,
     partner_of,
     prefetch_rows,
     prepared_heads,
     tile_rows,
     tile_scales,
-    with_sink,
 )
 from .quantize import codes_of, row_scale_of
 
