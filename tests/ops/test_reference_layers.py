@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ingot.runtime.ops import reference
+from ingot.runtime.ops import packed, reference
 from ingot.runtime.ops.schema import SEMANTICS, overload
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -98,6 +98,7 @@ def arguments(dtype: torch.dtype, strided: bool = False) -> dict[str, tuple[Any,
     x, w, v = laid_out(normal(2, 3, 8, dtype=dtype)), normal(6, 8, dtype=dtype), normal(8, dtype=dtype)
     part = normal(2, 3, 12, dtype=dtype)[..., 2:10] if strided else x
     int4, scale, zero = torch.ones(6, 4, dtype=torch.uint8), torch.ones(6, 2), torch.ones(6, 2, dtype=torch.uint8)
+    panels = packed.pack_weight(int4, "int4")
     table, row, index = normal(2, 1, 3, 8, dtype=dtype), torch.ones(2), torch.arange(2)
     return {
         "attention": (q, kv, kv, 0, 0.5, 2, 3.0, sinks),
@@ -107,6 +108,8 @@ def arguments(dtype: torch.dtype, strided: bool = False) -> dict[str, tuple[Any,
         "linear_dense": (part, w, normal(6, dtype=dtype)),
         "linear_quantized": (part, int4, scale, zero, None, "int4", [1, 4], "int8"),
         "embedding_quantized": (index[None], int4, scale, None, torch.empty(0, dtype=dtype), "int4", [1, 4]),
+        "linear_packed": (part, panels, packed.pack_groups(scale), None, normal(6, dtype=dtype), 6, "int4", 4, "int8"),
+        "embedding_packed": (index[None], panels, None, None, torch.empty(0, dtype=dtype), 8, "int4", 0),
         "rms_norm": (part, v, 1e-5, 1.0, False),
         "add_rms_norm": (x, part, v, 1e-5, 0.0, True),
         "add_layer_norm": (x, part, v, None, 1e-5),
