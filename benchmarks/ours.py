@@ -48,10 +48,11 @@ def batch(llm: LLM, request: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(f"not every row has {count} tokens")
     # Prompts are prefilled one after the other. Behind the last one, all rows decode: its steps are the full ones.
     metrics = [output.metrics for output in outputs]
-    waits = [m.queue_ms for m in metrics if m.queue_ms is not None]
-    ends = [m.total_ms for m in metrics if m.total_ms is not None]
+    arrivals = [m.arrival_s or 0.0 for m in metrics]
+    starts = [at + m.queue_ms / 1000 for at, m in zip(arrivals, metrics) if m.queue_ms is not None]
+    ends = [at + m.total_ms / 1000 for at, m in zip(arrivals, metrics) if m.total_ms is not None]
     steps = [m.tpot_ms for m in metrics if m.tpot_ms is not None]
-    if len(steps) != len(outputs) or max(waits) > min(ends):
+    if len(steps) != len(outputs) or max(starts) > min(ends):
         raise RuntimeError(f"{len(outputs)} rows did not decode together: the KV cache or the engines hold fewer")
     return {"seconds": min(steps) * request["tokens"] / 1000}
 

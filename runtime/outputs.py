@@ -19,7 +19,7 @@ class RequestMetrics:
     """Times of one request in milliseconds; None where it has not come so far.
 
     queue_ms: arrival to first work. ttft_ms: arrival to first token. tpot_ms: mean time between tokens after the first.
-    total_ms: arrival to the end.
+    total_ms: arrival to the end. arrival_s: when it arrived, in seconds of `time.perf_counter`: what orders requests.
     """
 
     prompt_tokens: int = 0
@@ -28,6 +28,7 @@ class RequestMetrics:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     total_ms: float | None = None
+    arrival_s: float | None = None
 
 
 @dataclass

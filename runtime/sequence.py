@@ -190,6 +190,7 @@ class Request:
             ttft_ms=(min(firsts) - self.arrived) * 1e3 if firsts else None,
             tpot_ms=between * 1e3 / gaps if gaps else None,
             total_ms=(max(lasts) - self.arrived) * 1e3 if lasts and self.finished else None,
+            arrival_s=self.arrived,
         )
 
 
