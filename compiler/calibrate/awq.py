@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grid import Int4Grid, decode
+from ...passes.quantize.int4_grid import Int4Grid, decode
 
 _STEPS = 20
 # Above 1, too: a symmetric grid has no +8, and what is largest may lie half a step outside.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grid import Int4Grid, encode
+from ...passes.quantize.int4_grid import Int4Grid, encode
 
 _BLOCK = 128  # columns whose errors are spread to the rest at once; a multiple of every group size but whole rows
 

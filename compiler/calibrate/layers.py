@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ...passes.quantize.int4_grid import Int4Grid
 from .activations import GramMatrix, InputSample, watch
 from .awq import search_clipping, search_scale
 from .gptq import gptq, inverse_factor
-from .grid import Int4Grid
 from .sites import Fold, Linear, Site
 
 

@@ -6,6 +6,7 @@ asked for, tensor by tensor.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +28,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(ABC):
     """A quantized weight [n, k]; subclasses know one layout each.
 
     Attributes:
@@ -72,13 +73,13 @@ class Layer:
             QuantizedPart(_Part(self, "scale"), self.scale_shape, self.scale_dtype), zero, self.columns, self.note,
         )  # fmt: skip
 
+    @abstractmethod
     def values(self, load: Load) -> Tensor:
         """The codes in the layout of the ops. Raises UsageError where they contradict the config."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scale(self, load: Load) -> Tensor:
         """The scale in the layout of the ops. Raises UsageError for one that is NaN, infinite or zero."""
-        raise NotImplementedError
 
     def zero(self, load: Load) -> Tensor | None:
         """Zero points uint8 in the scale's shape, None where the weight is symmetric."""

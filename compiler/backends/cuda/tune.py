@@ -99,6 +99,7 @@ class Tuner:
         out. Attention comes first, since it is what the products differ from.
         """
         self.progress("a decode layer as a whole")
+        keys = [_key(call) for call in layer]
         configs = [self(call.op, call.provider, call.operands) for call in layer]
         with Stopwatch([call.operands for call in layer], CONTEXT) as watch:
 
@@ -111,13 +112,13 @@ class Tuner:
                     return float("inf")
 
             best = timed(configs)
-            for call in {_key(call): call for call in layer}.values():
+            for key, call in dict(zip(keys, layer)).items():
                 for config in call.provider.candidates(call.operands):
-                    tried = [config if _key(c) == _key(call) else old for c, old in zip(layer, configs)]
+                    tried = [config if other == key else old for other, old in zip(keys, configs)]
                     if (found := timed(tried)) < best * (1 - _WORTH):
                         best, configs = found, tried
-        for call, config in zip(layer, configs):
-            self._known.setdefault(_key(call), {}).update(config=dict(config), layer_microseconds=round(best, 3))
+        for key, config in zip(keys, configs):
+            self._known.setdefault(key, {}).update(config=dict(config), layer_microseconds=round(best, 3))
 
     def __call__(self, op: str, provider: Any, operands: Operands) -> Config:
         """The configuration of one call: the fastest where it was measured, else the provider's first guess."""

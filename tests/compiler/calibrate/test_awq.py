@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ingot.compiler.calibrate.awq import search_clipping, search_scale
-from ingot.compiler.calibrate.grid import Int4Grid, decode
+from ingot.passes.quantize.int4_grid import Int4Grid, decode
 from torch import Tensor
 
 SHRINKS = [1.1 - 0.025 * i for i in range(21)]

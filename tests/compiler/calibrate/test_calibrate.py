@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from ingot.compiler.calibrate.grid import Int4Grid, decode
 from ingot.compiler.calibrate.layers import Method
 from ingot.compiler.calibrate.run import CalibratedWeights, _in_place, calibrate, part_name
 from ingot.compiler.calibrate.sites import Linear, Site, find_sites
@@ -25,6 +24,7 @@ from ingot.compiler.streamed_model import StreamedModel
 from ingot.compiler.trace import trace
 from ingot.passes.base import Context
 from ingot.passes.manager import run_passes
+from ingot.passes.quantize.int4_grid import Int4Grid, decode
 from ingot.runtime.ops.quantized import dequantize
 from torch import Tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ingot.compiler.calibrate.gptq import gptq, inverse_factor
-from ingot.compiler.calibrate.grid import Int4Grid, decode
+from ingot.passes.quantize.int4_grid import Int4Grid, decode
 from torch import Tensor
 
 
